@@ -1,0 +1,169 @@
+"""Which implementation of an op runs.  One rule, one file; every op uses it the same way.
+
+Each op is a folder with one module per backend, and a call goes to the first backend in BACKENDS
+that accepts it.  `use` or the environment variable KERNELS_BACKEND forces one: a call it cannot
+take is then an error that carries the reason, never another backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+OPS = ("layer_norm",)
+BACKENDS = ("cuda", "triton", "cpu", "eager")  # the order in which they are asked
+FORCED_ONLY = ("reference",)  # plain torch formulas: the tests' oracle, never chosen by itself
+
+_library = torch.library.Library("kernels", "FRAGMENT")
+
+# Arguments whose memory, if any, a kernel may use directly.  Subclasses such as DTensor or
+# FakeTensor hold none, and go through PyTorch's dispatcher.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), tuple, list, float, int, bool})
+
+
+def _known_backend(name: str, source: str) -> str:
+    if name not in BACKENDS + FORCED_ONLY:
+        accepted = ", ".join(BACKENDS + FORCED_ONLY)
+        raise ValueError(f"{source}: unknown backend {name!r} (accepted: {accepted})")
+    return name
+
+
+def _backend_from_environment() -> str | None:
+    name = os.environ.get("KERNELS_BACKEND")
+    return _known_backend(name, "KERNELS_BACKEND") if name else None
+
+
+# Process-wide and not per thread: autograd runs backward on threads of its own.
+_forced: str | None = _backend_from_environment()
+
+
+@functools.cache
+def load(op: str, backend: str) -> ModuleType | str:
+    """The module `kernels.<op>.<backend>`, or the reason it cannot be imported."""
+    try:
+        return importlib.import_module(f"kernels.{op}.{backend}")
+    except ImportError as error:
+        return f"not importable ({error})"
+
+
+def _refusal(op: str, backend: str, arguments: tuple[Any, ...]) -> str | None:
+    module = load(op, backend)
+    return module if isinstance(module, str) else module.unsupported(*arguments)
+
+
+def _candidates() -> tuple[str, ...]:
+    return BACKENDS if _forced is None else (_forced,)
+
+
+def select(op: str, *arguments: Any) -> ModuleType:
+    """The backend module that runs this call: the forced one, or the first that accepts.
+
+    Raises NotImplementedError with every backend's reason where none accepts.
+    """
+    for backend in _candidates():
+        module = load(op, backend)
+        if not isinstance(module, str) and module.unsupported(*arguments) is None:
+            return module
+    reasons = "; ".join(f"{name}: {_refusal(op, name, arguments)}" for name in _candidates())
+    forced = " (forced by use() or KERNELS_BACKEND)" if _forced else ""
+    raise NotImplementedError(f"{op}: no backend takes this call{forced}: {reasons}")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which backend a call goes to and why not the others; `str()` prints it."""
+
+    op: str
+    backend: str | None  # None where no backend accepts
+    refusals: dict[str, str | None]  # backend -> None where it accepts, else the reason
+    forced: bool
+
+    def __str__(self) -> str:
+        how = "forced" if self.forced else "first that accepts"
+        lines = [f"{self.op}: {self.backend or 'no backend'} ({how})"]
+        for name, reason in self.refusals.items():
+            chosen = "  <- runs" if name == self.backend else ""
+            lines.append(f"  {name:9s} {reason or 'accepts'}{chosen}")
+        return "\n".join(lines)
+
+
+def explain(op: str, *arguments: Any, **keywords: Any) -> Decision:
+    """What would run for this call of the op's public function, and why not the others.
+
+    >>> print(explain("layer_norm", x, (1024,), weight))
+    """
+    if op not in OPS:
+        raise ValueError(f"op: unknown op {op!r} (accepted: {', '.join(OPS)})")
+    function = getattr(importlib.import_module(f"kernels.{op}.op"), op)
+    call = inspect.signature(function).bind(*arguments, **keywords)
+    call.apply_defaults()
+    refusals = {name: _refusal(op, name, call.args) for name in _candidates()}
+    chosen = next((name for name, reason in refusals.items() if reason is None), None)
+    return Decision(op, chosen, refusals, forced=_forced is not None)
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Force `backend` for every call inside the `with` block, in all threads of the process."""
+    global _forced
+    previous, _forced = _forced, _known_backend(backend, "use()")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def define(op: str, direction: str, schema: str) -> Callable[..., tuple[Any, ...]]:
+    """Register `torch.ops.kernels.<op>_<direction>` and return the function that runs it.
+
+    The reference is the op's shape rule under fake tensors, so the two cannot drift apart.  Eager
+    calls on plain tensors go straight to the chosen backend; torch.compile, dispatch modes and
+    tensor subclasses see the registered op.  A backend returns None for an output that was not
+    asked for; the registered op, whose outputs must be tensors, returns an empty one.
+
+    A backward takes (dy, *the forward's tensors, *what it saved); backends are asked about the
+    forward's part.
+    """
+    name = f"{op}_{direction}"
+    first_argument = 1 if direction == "backward" else 0
+
+    def run(*arguments: Any) -> tuple[Any, ...]:
+        module = select(op, *arguments[first_argument:])
+        outputs: tuple[Any, ...] = getattr(module, direction)(*arguments)
+        return outputs
+
+    def as_tensors(outputs: tuple[Any, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(like.new_empty(0) if output is None else output for output in outputs)
+
+    def registered(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        return as_tensors(run(*arguments), arguments[0])
+
+    def fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        reference = importlib.import_module(f"kernels.{op}.reference")
+        return as_tensors(getattr(reference, direction)(*arguments), arguments[0])
+
+    _library.define(name + schema)
+    _library.impl(name, registered, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kernels::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.kernels, name)
+
+    def call(*arguments: Any) -> tuple[Any, ...]:
+        if torch.compiler.is_compiling() or not _is_plain(arguments):
+            dispatched: tuple[Any, ...] = operator(*arguments)
+            return dispatched
+        return run(*arguments)
+
+    return call
+
+
+def _is_plain(arguments: tuple[Any, ...]) -> bool:
+    return not torch._C._len_torch_dispatch_stack() and _PLAIN.issuperset(map(type, arguments))

@@ -1,0 +1,70 @@
+"""Continues a text: one token at a time, greedily or sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from kernels.gpt.model import GPT
+
+
+@torch.inference_mode()
+def next_token(
+    model: GPT,
+    tokens: torch.Tensor,
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator,
+) -> int:
+    """The token chosen after `tokens` [T], of which the model sees the last block_size."""
+    logits, _ = model(tokens[None, -model.config.block_size :])
+    last = logits[0, -1].float()  # [V]
+    if temperature == 0:
+        return int(last.argmax())
+    if top_k is not None and top_k < last.numel():
+        last = last.masked_fill(last < last.topk(top_k).values[-1], float("-inf"))
+    probabilities = torch.softmax(last / temperature, dim=-1).cpu()
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def generate(
+    model: GPT,
+    prompt: torch.Tensor,
+    count: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yields `count` tokens that continue `prompt`, int64 [T] with T at least 1.
+
+    `temperature` divides the logits, 0 takes the likeliest token; `top_k` samples among the k
+    likeliest only. The same seed gives the same tokens. Dropout is off while a token is chosen.
+    Raises ValueError on an argument out of range, before anything is generated.
+    """
+    if prompt.dim() != 1 or prompt.numel() == 0:
+        raise ValueError(f"prompt must be [T] with T at least 1, got {list(prompt.shape)}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be 1 or more, got {top_k}")
+    return _tokens(model, prompt, count, temperature, top_k, seed)
+
+
+def _tokens(
+    model: GPT,
+    prompt: torch.Tensor,
+    count: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+) -> Iterator[int]:
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draw on every device
+    tokens = prompt.to(model.token_embedding.weight.device)
+    for _ in range(count):
+        was_training = model.training
+        model.eval()
+        token = next_token(model, tokens, temperature, top_k, generator)
+        model.train(was_training)
+        tokens = torch.cat((tokens, tokens.new_tensor([token])))[-model.config.block_size :]
+        yield token

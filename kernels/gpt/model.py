@@ -1,0 +1,128 @@
+"""The GPT: embeddings, blocks of causal attention and a two-layer MLP, and the head.
+
+Follows Radford et al., "Language models are unsupervised multitask learners" (2019), with pre- or
+post-norm. Shapes: B sequences, T tokens, C = n_embd, H heads of D = C / H, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kernels.gpt.config import GPTConfig
+from kernels.gpt.layers import TORCH, Layers
+
+INIT_STD = 0.02
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token attends to itself and to the tokens before it."""
+
+    def __init__(self, config: GPTConfig, layers: Layers) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.attention = layers.attention
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, time, width = x.shape
+        # [B, T, 3C] -> three of [B, H, T, D]
+        qkv = self.qkv(x).view(batch, time, 3, self.n_head, width // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        dropout_p = self.dropout if self.training else 0.0
+        y = self.attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        return self.proj(y.transpose(1, 2).reshape(batch, time, width))
+
+
+class MLP(nn.Module):
+    """Widens every token to 4C, applies the activation and narrows it again."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.activation = nn.GELU() if config.activation == "gelu" else nn.ReLU()
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.activation(self.fc(x)))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each with dropout, a residual and a layer norm."""
+
+    def __init__(self, config: GPTConfig, layers: Layers) -> None:
+        super().__init__()
+        self.pre_norm = config.norm == "pre"
+        self.norm1 = layers.layer_norm(config.n_embd, bias=config.bias)
+        self.attention = CausalSelfAttention(config, layers)
+        self.norm2 = layers.layer_norm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.norm1(x)))
+            return x + self.dropout(self.mlp(self.norm2(x)))
+        x = self.norm1(x + self.dropout(self.attention(x)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer over token ids.
+
+    `layers` chooses PyTorch's own pieces (`TORCH`) or this package's (`FUSED`); parameter names do
+    not depend on it, so the state_dict of one loads into the other. The same `seed` gives the same
+    parameters, bit for bit, whatever the layers.
+    """
+
+    def __init__(self, config: GPTConfig, layers: Layers = TORCH, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.cross_entropy = layers.cross_entropy
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.n_layer))
+        if config.norm == "pre":
+            self.final_norm: nn.Module = layers.layer_norm(config.n_embd, bias=config.bias)
+        else:
+            self.final_norm = nn.Identity()  # the last block already ends with a norm
+        if not config.tie_weights:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self._initialise(seed)
+
+    def _initialise(self, seed: int) -> None:
+        """GPT-2's: normal with std 0.02, narrower for what is added to the residual stream."""
+        generator = torch.Generator().manual_seed(seed)
+        # Each of 2 n_layer sub-layers adds to the stream: this keeps the sum's variance at one's.
+        residual_std = INIT_STD / (2 * self.config.n_layer) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                std = residual_std if name.endswith("proj.weight") else INIT_STD
+                nn.init.normal_(parameter, std=std, generator=generator)
+            elif "norm" not in name:  # a layer norm starts at weight 1, bias 0 by itself
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits [B, T, V] of the tokens that follow `idx` [B, T] (int64), and the mean loss.
+
+        The loss is the cross-entropy, in nats per token, against `targets` [B, T]; None without.
+        Raises ValueError where T exceeds block_size.
+        """
+        time = idx.shape[1]
+        if time > self.config.block_size:
+            raise ValueError(f"idx has {time} tokens, block_size is {self.config.block_size}")
+        positions = torch.arange(time, device=idx.device)
+        x = self.dropout(self.token_embedding(idx) + self.position_embedding(positions))
+        for block in self.blocks:
+            x = block(x)
+        head = self.token_embedding if self.config.tie_weights else self.head
+        logits = F.linear(self.final_norm(x), head.weight)
+        if targets is None:
+            return logits, None
+        return logits, self.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -1,0 +1,136 @@
+"""Layer norm in CUDA C++ (csrc/layer_norm/cuda.cuh): checks, allocation, one call each way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels import _gpu, _native
+
+# The codes of csrc/common/cuda/dtype.cuh.
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unsupported(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *_: object,
+) -> str | None:
+    if isinstance(_native.cuda, str):
+        return _native.cuda
+    reason = _gpu.unsupported(x)
+    if reason is not None:
+        return reason
+    for name, tensor in (("input", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in _CODES:
+            return f"{name} is {tensor.dtype}; accepted are float32, bfloat16 and float16"
+    return None
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _code(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else _CODES[tensor.dtype]
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _new(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)  # contiguous
+
+
+def forward(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y in the shape and dtype of x; mean and rstd in float32, of the leading shape of x."""
+    x, weight, bias = x.contiguous(), _contiguous(weight), _contiguous(bias)
+    leading = x.shape[: x.dim() - len(normalized_shape)]
+    y = _new(x)
+    mean = torch.empty(leading, dtype=torch.float32, device=x.device)
+    rstd = torch.empty(leading, dtype=torch.float32, device=x.device)
+    _native.cuda.layer_norm_forward(
+        x.data_ptr(),
+        _address(weight),
+        _address(bias),
+        y.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        mean.numel(),
+        math.prod(normalized_shape),
+        eps,
+        _CODES[x.dtype],
+        _code(weight),
+        _code(bias),
+        _gpu.multiprocessors(x),
+        _gpu.device_index(x),
+        _gpu.stream(x),
+    )
+    return y, mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight and dbias in the dtypes of x, weight and bias; None where not asked for."""
+    rows, cols = mean.numel(), math.prod(normalized_shape)
+    dx = _new(x) if output_mask[0] else None
+    dweight = _new(weight) if output_mask[1] and weight is not None else None
+    dbias = _new(bias) if output_mask[2] and bias is not None else None
+    if rows == 0 or cols == 0:  # no rows add up to 0
+        for gradient in (dweight, dbias):
+            if gradient is not None:
+                gradient.zero_()
+        return dx, dweight, dbias
+
+    dy, x, mean, rstd = dy.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous()
+    multiprocessors = _gpu.multiprocessors(x)
+    weight = _contiguous(weight)
+    gradients = (dweight is not None) + (dbias is not None)
+    partials = None
+    if gradients:
+        count = _native.cuda.layer_norm_backward_partials(
+            rows, cols, dx is not None, multiprocessors
+        )
+        if count > 1:  # fp32 sums of parts of the rows; a single part is the result
+            shape = (gradients, count, cols)
+            partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+    _native.cuda.layer_norm_backward(
+        dy.data_ptr(),
+        x.data_ptr(),
+        _address(weight),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        _address(dx),
+        _address(dweight),
+        _address(dbias),
+        _address(partials),
+        rows,
+        cols,
+        _CODES[x.dtype],
+        _code(weight),
+        _code(bias),
+        multiprocessors,
+        _gpu.device_index(x),
+        _gpu.stream(x),
+    )
+    return dx, dweight, dbias

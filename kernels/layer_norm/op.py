@@ -1,0 +1,247 @@
+"""Layer norm for users: checks, dispatch, autograd, function and module.  Maths: README.md."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from kernels.dispatch import define
+from kernels.layer_norm import reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_forward = define(
+    "layer_norm",
+    "forward",
+    "(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
+)
+_backward = define(
+    "layer_norm",
+    "backward",
+    "(Tensor dy, Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, Tensor mean,"
+    " Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+)
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """Backward runs the fused kernel, or, under create_graph, the reference's formula."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        normalized_shape: tuple[int, ...],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        y, mean, rstd = _forward(x, normalized_shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.normalized_shape = normalized_shape
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        shape = ctx.normalized_shape
+        wanted = ctx.needs_input_grad
+        mask = (wanted[0], wanted[2], wanted[3])
+        if torch.is_grad_enabled():
+            # create_graph: the statistics depend on x, so they take part in the second derivative.
+            mean, rstd = reference.statistics(x, shape, ctx.eps)
+            dx, dweight, dbias = reference.backward(dy, x, shape, weight, bias, mean, rstd, mask)
+        else:
+            dx, dweight, dbias = _backward(dy, x, shape, weight, bias, mean, rstd, mask)
+        return (
+            dx if mask[0] else None,
+            None,
+            dweight if mask[1] else None,
+            dbias if mask[2] else None,
+            None,
+        )
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.layer_norm``, fused: (x - mean) / sqrt(variance + eps) * weight + bias.
+
+    Ba, Kiros and Hinton, "Layer Normalization", 2016 (arXiv:1607.06450).
+
+    Args:
+        input: Tensor [*, *normalized_shape] of float32, bfloat16, float16 or float64 (float64 runs
+            PyTorch's own op); any strides.
+        normalized_shape: the trailing dimensions that are normalised together; at least one.
+        weight, bias: None or Tensor [*normalized_shape] on input's device, each of any of these
+            dtypes, whichever input has (F.layer_norm takes fewer combinations).
+        eps: added to the (biased) variance; in squared units of input.
+
+    Returns:
+        Tensor of input's shape and dtype, contiguous.  Mean and variance are computed in float32
+        (float64 for float64 input), the variance from centred values.
+
+    Raises:
+        TypeError, RuntimeError, NotImplementedError: as F.layer_norm, before anything runs.
+
+    Differentiable any number of times in input, weight and bias; the first derivative is fused and
+    deterministic.  Under CUDA autocast the arguments are cast to float32, as F.layer_norm's are.
+    Inside torch.func transforms and forward-mode differentiation PyTorch's own op runs.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps=eps
+        )
+    shape, eps = _check(input, normalized_shape, weight, bias, eps)
+    if _needs_torch():
+        return F.layer_norm(input, shape, weight, bias, eps)
+    if input.is_cuda and torch.is_autocast_enabled("cuda"):
+        with torch.autocast("cuda", enabled=False):
+            return _apply(_to_float32(input), shape, _to_float32(weight), _to_float32(bias), eps)
+    return _apply(input, shape, weight, bias, eps)
+
+
+def _apply(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        y: Tensor = LayerNormFunction.apply(x, shape, weight, bias, eps)
+    else:
+        y = _forward(x, shape, weight, bias, eps)[0]
+    return y
+
+
+def _to_float32(tensor: Any) -> Any:
+    return tensor.float() if tensor is not None and tensor.dtype != torch.float64 else tensor
+
+
+def _needs_torch() -> bool:
+    """Whether a transform is active that a kernel on raw memory cannot take part in."""
+    return (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _check(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[tuple[int, ...], float]:
+    """normalized_shape and eps in their plain types; raises what F.layer_norm would."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"layer_norm: input must be a Tensor, not {type(input).__name__}")
+    if type(eps) is not float:
+        eps = _as_float(eps)
+    shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
+    for size in shape:
+        if type(size) is not int:
+            shape = _as_tuple(normalized_shape)
+            break
+    if not shape or input.shape[-len(shape) :] != shape:
+        _raise_shape(input, shape)
+    if input.dtype not in _DTYPES:
+        raise NotImplementedError(
+            f"layer_norm: input is {input.dtype}; accepted are float32, bfloat16, float16, float64"
+        )
+    if weight is not None:
+        _check_parameter("weight", weight, shape, input)
+    if bias is not None:
+        _check_parameter("bias", bias, shape, input)
+    return shape, eps
+
+
+def _as_float(eps: Any) -> float:
+    if isinstance(eps, str | bytes) or not hasattr(eps, "__float__"):
+        raise TypeError(f"layer_norm: eps must be a float, not {type(eps).__name__}")
+    return float(eps)
+
+
+def _as_tuple(normalized_shape: Any) -> tuple[Any, ...]:
+    if not isinstance(normalized_shape, tuple | list):
+        raise TypeError(
+            "layer_norm: normalized_shape must be a tuple or list of ints, not "
+            f"{type(normalized_shape).__name__}"
+        )
+    for position, size in enumerate(normalized_shape):
+        if not isinstance(size, torch.SymInt) and not hasattr(size, "__index__"):
+            raise TypeError(
+                "layer_norm: normalized_shape must hold ints, but element "
+                f"{position} is a {type(size).__name__}"
+            )
+    sizes: list[Any] = list(normalized_shape)  # ints, or the SymInts of torch.compile
+    return tuple(n if isinstance(n, torch.SymInt) else operator.index(n) for n in sizes)
+
+
+def _raise_shape(input: Tensor, shape: tuple[int, ...]) -> NoReturn:
+    if not shape:
+        raise RuntimeError("layer_norm: normalized_shape is empty; it must name at least one dim")
+    expected = ", ".join(["*", *map(str, shape)])
+    raise RuntimeError(
+        f"layer_norm: normalized_shape={list(shape)} expects input of shape [{expected}], "
+        f"but input has shape {list(input.shape)}"
+    )
+
+
+def _check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+    if not isinstance(parameter, Tensor):
+        raise TypeError(
+            f"layer_norm: {name} must be a Tensor or None, not {type(parameter).__name__}"
+        )
+    if parameter.shape != shape:
+        raise RuntimeError(
+            f"layer_norm: {name} must have shape normalized_shape={list(shape)}, "
+            f"but has shape {list(parameter.shape)}"
+        )
+    if parameter.dtype not in _DTYPES:
+        raise RuntimeError(
+            f"layer_norm: {name} is {parameter.dtype}; "
+            "accepted are float32, bfloat16, float16, float64"
+        )
+    if parameter.device != input.device:
+        raise RuntimeError(
+            f"layer_norm: {name} is on {parameter.device}, but input is on {input.device}; "
+            "they must be on one device"
+        )
+
+
+class LayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm``, fused: same arguments, parameters, initialisation and state_dict.
+
+    Raises RuntimeError where ``dtype`` is not a floating one, as nn.LayerNorm does.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int] | torch.Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if dtype is not None and dtype not in _DTYPES:
+            raise RuntimeError(
+                f"LayerNorm: dtype is {dtype}; accepted are float32, bfloat16, float16, float64"
+            )
+        shape: Any = normalized_shape  # nn.LayerNorm's annotation is narrower than what it takes
+        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

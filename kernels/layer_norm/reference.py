@@ -1,0 +1,88 @@
+"""Layer norm in plain torch: the tests' oracle, the fake of the ops, and the second derivative.
+
+Runs in any floating dtype; float64 stays float64, everything else is computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def unsupported(*_: object) -> str | None:
+    return None
+
+
+def _split(x: Tensor, normalized_shape: Sequence[int]) -> tuple[tuple[int, ...], list[int]]:
+    """The shape of the statistics and the dimensions that are normalised."""
+    rank = len(normalized_shape)
+    return tuple(x.shape[: x.dim() - rank]), list(range(x.dim() - rank, x.dim()))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def statistics(x: Tensor, normalized_shape: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+    """mean and rstd = 1 / sqrt(variance + eps) of every row, differentiable in x."""
+    lead, dims = _split(x, normalized_shape)
+    wide = _wide(x)
+    mean = wide.mean(dims, keepdim=True)
+    mean = mean + (wide - mean).mean(dims, keepdim=True)  # takes out the first sum's rounding
+    variance = (wide - mean).square().mean(dims)
+    return mean.reshape(lead), torch.rsqrt(variance + eps)
+
+
+def forward(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = (x - mean) * rstd * weight + bias, with the statistics."""
+    mean, rstd = statistics(x, normalized_shape, eps)
+    per_row = mean.shape + (1,) * len(normalized_shape)
+    y = (_wide(x) - mean.reshape(per_row)) * rstd.reshape(per_row)
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype).contiguous(), mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias that `output_mask` asks for; None for the others."""
+    lead, dims = _split(x, normalized_shape)
+    rows = list(range(len(lead)))
+    per_row = tuple(lead) + (1,) * len(normalized_shape)
+    scale = rstd.reshape(per_row)
+    xhat = (_wide(x) - mean.reshape(per_row)) * scale
+    dy = _wide(dy)
+    dx = dweight = dbias = None
+    if output_mask[0]:
+        dxhat = dy if weight is None else dy * weight
+        centred = dxhat - dxhat.mean(dims, keepdim=True)
+        dx = scale * (centred - xhat * (dxhat * xhat).mean(dims, keepdim=True))
+        dx = dx.to(x.dtype).contiguous()
+    if output_mask[1] and weight is not None:
+        dweight = _sum_rows(dy * xhat, rows).to(weight.dtype)
+    if output_mask[2] and bias is not None:
+        dbias = _sum_rows(dy, rows).to(bias.dtype)
+    return dx, dweight, dbias
+
+
+def _sum_rows(values: Tensor, rows: list[int]) -> Tensor:
+    # sum over no dimensions would sum over all of them
+    return values.sum(rows) if rows else values.contiguous()

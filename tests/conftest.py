@@ -1,0 +1,48 @@
+"""Fixtures of all tests: which implementation runs, and uninitialised memory made visible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kernels import _native, dispatch
+
+
+def implementations() -> list[str]:
+    """What can run on this CPU: the backends, the C++ one once for each instruction set."""
+    sets = [] if isinstance(_native.cpu, str) else _native.cpu.instruction_sets()
+    return ["reference", "eager", *(f"cpu-{name}" for name in sets)]
+
+
+@pytest.fixture(params=implementations())
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with each implementation forced."""
+    backend, _, instruction_set = request.param.partition("-")
+    before = None
+    if instruction_set:
+        before = _native.cpu.instruction_set()
+        _native.cpu.use_instruction_set(instruction_set)
+    try:
+        with dispatch.use(backend):
+            yield request.param
+    finally:
+        if before is not None:
+            _native.cpu.use_instruction_set(before)
+
+
+@pytest.fixture
+def nan_filled_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so an output that a kernel forgets to write is seen."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,127 @@
+"""The Triton layer norm without a GPU: its values in the interpreter, its machine code by reading.
+
+Nothing here runs on a GPU.  Compiled kernels are checked for what the toolchain tells: that they
+compile for every target, that no register spills, and that rows are moved by 128-bit instructions.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+_triton = pytest.importorskip(
+    "kernels._triton", reason="triton is not installed", exc_type=ImportError
+)
+from kernels.layer_norm import triton as backend  # noqa: E402
+
+CASES = Path(__file__).with_name("triton_interpreter_cases.py")
+ALL = (True, True, True)
+
+# (cols, dtype of x, dtype of the parameters) on every target: lanes to spare, vectors, none, the
+# widest row that is held, and rows that are swept.
+VARIANTS = [
+    (7, torch.float32, torch.float32),
+    (1000, torch.bfloat16, torch.float32),
+    (1001, torch.float16, torch.float16),
+    (16384, torch.float32, torch.float32),
+    (16385, torch.bfloat16, torch.bfloat16),
+]
+# And what is widest of its kind, where registers ran out first.
+TIGHT = [
+    (4095, torch.bfloat16, torch.float32),
+    (8192, torch.float32, torch.float32),
+    (8191, torch.float32, torch.float32),
+]
+COMPILED = [(target, *variant) for target in _triton.TARGETS for variant in VARIANTS]
+COMPILED += [(target, *variant) for target in ("sm_90", "sm_100") for variant in TIGHT]
+
+
+def compiled(target, cols, dtype, parameters=None, rows=None, masks=(ALL,)):
+    """Every kernel that a forward and these backward calls launch on `target`."""
+    x = torch.empty(rows or max(64, cols // 16), cols, dtype=dtype)
+    mean = torch.empty(x.shape[0])
+    weight = torch.empty(cols, dtype=parameters or dtype)
+    with _triton.compile_only(target) as kernels:
+        backend.forward(x, (cols,), weight, weight, 1e-5)
+        for mask in masks:
+            backend.backward(x, x, (cols,), weight, weight, mean, mean, mask)
+    return kernels
+
+
+def moves(kernel) -> dict[str, int]:
+    """How often each kind of global load and store occurs in the PTX."""
+    found = re.findall(
+        r"\b(ld|st)\.global(?:\.\w+)*?((?:\.v\d)?)\.[bf](\d+)", kernel.file("ptx").read_text()
+    )
+    kinds = [f"{move}{int(width) * int(vector[2:] or 1)}" for move, vector, width in found]
+    return {kind: kinds.count(kind) for kind in kinds}
+
+
+@pytest.mark.skipif(
+    triton.__version__.startswith("3.5."), reason="its interpreter fails with current numpy"
+)
+def test_values_and_gradients_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b\d+ passed", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize(("target", "cols", "dtype", "parameters"), COMPILED)
+def test_compiles_without_spills(target, cols, dtype, parameters):
+    masks = (ALL, (True, False, False), (False, True, True))
+    kernels = compiled(target, cols, dtype, parameters, masks=masks)
+    assert len(kernels) >= 3
+    assert {f"{k.name} {k.metadata.hash[:8]}": k.spills() for k in kernels if k.spills()} == {}
+
+
+@pytest.mark.parametrize(("target", "cols"), [("sm_80", 8192), ("gfx942", 16384), ("sm_90", 16385)])
+def test_few_rows_take_separate_kernels(target, cols):
+    kernels = compiled(target, cols, torch.bfloat16, rows=4)
+    long = "_long" if cols > 16384 else ""
+    names = [f"_forward{long}_kernel", f"_backward{long}_kernel", "_sum_rows_kernel"]
+    assert [kernel.name for kernel in kernels] == names
+    assert [kernel.spills() for kernel in kernels] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cols", [1000, 1024, 16392])
+def test_rows_move_in_128_bit_vectors(dtype, cols):
+    for kernel in compiled("sm_90", cols, dtype, masks=((True, False, False),)):
+        count = moves(kernel)
+        scalars = 4 if "backward" in kernel.name else 0  # mean and rstd
+        assert count["ld128"] > 0
+        assert count["st128"] > 0
+        assert count.get("ld16", 0) == count.get("st16", 0) == 0
+        assert count.get("ld32", 0) <= scalars
+
+
+def test_odd_rows_move_element_by_element():
+    forward = compiled("sm_80", 1001, torch.bfloat16)[0]
+    assert set(moves(forward)) == {"ld16", "st16", "st32"}
+
+
+def test_numbers_are_no_reason_to_compile_again():
+    weight = torch.empty(64)
+    with _triton.compile_only("sm_80") as kernels:
+        for rows, eps in [(1, 1e-5), (16, 1.0), (17, 0.0), (1000, 1e-6)]:
+            backend.forward(torch.empty(rows, 64), (64,), weight, weight, eps)
+        for cols in (40, 48, 56):
+            backend.forward(torch.empty(3, cols), (cols,), weight[:cols], weight[:cols], 1e-5)
+    assert len(kernels) == 1
+
+
+def test_refused():
+    x = torch.randn(2, 8)
+    assert "not on a GPU" in backend.unsupported(x, (8,), None, None)
+    assert "float64" in backend.unsupported(x.double(), (8,), None, None)
+    with _triton.compile_only("sm_80"):
+        assert backend.unsupported(x.bfloat16(), (8,), None, None) is None

@@ -1,0 +1,84 @@
+"""Installs into fresh environments, as a stranger does.  Slow, needs a package index."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.packaging.support import copy_project, python
+
+pytestmark = pytest.mark.slow
+
+
+def _environment(folder: Path) -> Path:
+    """The interpreter of a new, empty virtual environment."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    return folder / "bin" / "python"
+
+
+def _pip_install(interpreter: Path, *arguments: str, cwd: Path) -> tuple[str, float]:
+    """What `pip install -v` prints, and the seconds it took."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    start = time.perf_counter()
+    done = subprocess.run(
+        [interpreter, "-m", "pip", "install", "-v", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr, time.perf_counter() - start
+
+
+def test_builds_in_isolation_without_torch_twice(tmp_path: Path) -> None:
+    project = copy_project(tmp_path / "project")
+    interpreter = _environment(tmp_path / "venv")
+    first, seconds = _pip_install(interpreter, "--no-deps", "-e", ".", cwd=project)
+    assert "Building CXX object" in first
+    if not json.loads((project / "kernels" / "_build_info.json").read_text())["_cuda"]["built"]:
+        assert seconds < 60
+    second, again = _pip_install(interpreter, "--no-deps", "-e", ".", cwd=project)
+    assert "no work to do" in second
+    assert "Building CXX object" not in second
+    print(f"isolated install {seconds:.1f} s, again {again:.1f} s")
+    python("import kernels._cpu, importlib.util as u; assert not u.find_spec('torch')",
+           interpreter=interpreter)  # fmt: skip
+
+
+def test_plain_install_without_pins(tmp_path: Path) -> None:
+    """`pip install -e ".[dev]"` takes the newest torch, the CUDA build on PyPI: GBs."""
+    project = copy_project(tmp_path / "project")
+    interpreter = _environment(tmp_path / "venv")
+    _, seconds = _pip_install(interpreter, "-e", ".[dev]", cwd=project)
+    code = (
+        "import torch, kernels.layer_norm as n; print(torch.__version__, "
+        "n.layer_norm(torch.ones(2, 8), (8,)).abs().max().item())"
+    )
+    version, largest = python(code, interpreter=interpreter).split()
+    assert float(largest) == 0.0
+    start = time.perf_counter()
+    python(["-m", "pytest", "tests", "-q", "-n", "2"], cwd=project, interpreter=interpreter)
+    tested = time.perf_counter() - start
+    print(f"torch {version}: installed in {seconds:.0f} s, tests passed in {tested:.0f} s")
+
+
+def test_transformers_does_not_take_ours_for_theirs(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    _pip_install(
+        Path(sys.executable), "--target", str(site), "transformers", "--quiet", cwd=tmp_path
+    )
+    project = copy_project(tmp_path / "project", native=False)
+    code = (
+        "from transformers import GPT2Config, GPT2LMHeadModel, utils; import kernels.layer_norm\n"
+        "GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8))\n"
+        "print(utils.is_kernels_available(), kernels.__version__)"
+    )
+    assert python(code, path=[project, site]) == "False 0.1.0"
+    assert python(f"import kernels.layer_norm\n{code}", path=[project, site]) == "False 0.1.0"
