@@ -24,6 +24,8 @@ from triton.runtime.cache import get_cache_manager
 from kernels import _gpu
 
 WARPS_PER_MULTIPROCESSOR = 16  # one wave stays resident with up to 128 registers per thread
+# Before 3.7 it takes loop bounds out of arrays of one element, which NumPy 2.4 no longer allows.
+INTERPRETER_LOOPS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 INTERPRETER_MULTIPROCESSORS = 4  # few, so that small tests walk the persistent loops
 # Contracted, `a * a + shuffle(b * b)` rounds differently in each lane, and lanes that must agree on
 # a row's sum do not: which of them is stored would be chance.  Triton 3.9 changes the default.
@@ -56,8 +58,8 @@ def unsupported(kernel: Any, x: torch.Tensor, *others: torch.Tensor | None) -> s
         return _gpu.unsupported(x)
     if x.device.type != "cpu":
         return f"Triton's interpreter is on (TRITON_INTERPRET=1) and input is on {x.device.type}"
-    if triton.__version__.startswith("3.5."):
-        return "the interpreter of Triton 3.5 cannot loop with this numpy"
+    if not INTERPRETER_LOOPS:
+        return f"the interpreter of Triton {triton.__version__} is not supported, 3.7 is"
     for tensor in (x, *others):
         if tensor is not None and tensor.dtype == torch.bfloat16:
             return "Triton's interpreter rounds bfloat16 wrongly"

@@ -1,7 +1,7 @@
 """Which implementation of an op runs.  One rule, one file; every op uses it the same way.
 
-Each op is a folder with one module per backend, and a call goes to the first backend in BACKENDS
-that accepts it.  `use` or the environment variable KERNELS_BACKEND forces one: a call it cannot
+Each op is a folder with one module per backend, and a call goes to the first backend that accepts
+it, asked in the order of its device.  `use` or the environment variable KERNELS_BACKEND forces one: a call it cannot
 take is then an error that carries the reason, never another backend.
 """
 
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 OPS = ("layer_norm",)
-BACKENDS = ("cuda", "triton", "cpu", "eager")  # the order in which they are asked
+BACKENDS = ("cuda", "triton", "cpu", "eager")
+CPU_ORDER = ("cpu", "cuda", "triton", "eager")  # asking in vain costs a small call microseconds
 FORCED_ONLY = ("reference",)  # plain torch formulas: the tests' oracle, never chosen by itself
 
 _library = torch.library.Library("kernels", "FRAGMENT")
@@ -60,8 +61,11 @@ def _refusal(op: str, backend: str, arguments: tuple[Any, ...]) -> str | None:
     return module if isinstance(module, str) else module.unsupported(*arguments)
 
 
-def _candidates() -> tuple[str, ...]:
-    return BACKENDS if _forced is None else (_forced,)
+def _candidates(x: Any) -> tuple[str, ...]:
+    """The backends to ask, in order, for a call whose first argument is `x`."""
+    if _forced is not None:
+        return (_forced,)
+    return CPU_ORDER if x.is_cpu else BACKENDS
 
 
 def select(op: str, *arguments: Any) -> ModuleType:
@@ -69,11 +73,12 @@ def select(op: str, *arguments: Any) -> ModuleType:
 
     Raises NotImplementedError with every backend's reason where none accepts.
     """
-    for backend in _candidates():
+    candidates = _candidates(arguments[0])
+    for backend in candidates:
         module = load(op, backend)
         if not isinstance(module, str) and module.unsupported(*arguments) is None:
             return module
-    reasons = "; ".join(f"{name}: {_refusal(op, name, arguments)}" for name in _candidates())
+    reasons = "; ".join(f"{name}: {_refusal(op, name, arguments)}" for name in candidates)
     forced = " (forced by use() or KERNELS_BACKEND)" if _forced else ""
     raise NotImplementedError(f"{op}: no backend takes this call{forced}: {reasons}")
 
@@ -106,7 +111,7 @@ def explain(op: str, *arguments: Any, **keywords: Any) -> Decision:
     function = getattr(importlib.import_module(f"kernels.{op}.op"), op)
     call = inspect.signature(function).bind(*arguments, **keywords)
     call.apply_defaults()
-    refusals = {name: _refusal(op, name, call.args) for name in _candidates()}
+    refusals = {name: _refusal(op, name, call.args) for name in _candidates(call.args[0])}
     chosen = next((name for name, reason in refusals.items() if reason is None), None)
     return Decision(op, chosen, refusals, forced=_forced is not None)
 
@@ -131,14 +136,15 @@ def define(op: str, direction: str, schema: str) -> Callable[..., tuple[Any, ...
     asked for; the registered op, whose outputs must be tensors, returns an empty one.
 
     A backward takes (dy, *the forward's tensors, *what it saved); backends are asked about the
-    forward's part.
+    forward's part.  Keywords, such as what the caller can do without, are hints that only a direct
+    call passes on.
     """
     name = f"{op}_{direction}"
     first_argument = 1 if direction == "backward" else 0
 
-    def run(*arguments: Any) -> tuple[Any, ...]:
+    def run(*arguments: Any, **hints: bool) -> tuple[Any, ...]:
         module = select(op, *arguments[first_argument:])
-        outputs: tuple[Any, ...] = getattr(module, direction)(*arguments)
+        outputs: tuple[Any, ...] = getattr(module, direction)(*arguments, **hints)
         return outputs
 
     def as_tensors(outputs: tuple[Any, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -156,11 +162,11 @@ def define(op: str, direction: str, schema: str) -> Callable[..., tuple[Any, ...
     torch.library.register_fake(f"kernels::{name}", fake, lib=_library)
     operator = getattr(torch.ops.kernels, name)
 
-    def call(*arguments: Any) -> tuple[Any, ...]:
+    def call(*arguments: Any, **hints: bool) -> tuple[Any, ...]:
         if torch.compiler.is_compiling() or not _is_plain(arguments):
             dispatched: tuple[Any, ...] = operator(*arguments)
             return dispatched
-        return run(*arguments)
+        return run(*arguments, **hints)
 
     return call
 

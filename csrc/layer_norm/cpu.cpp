@@ -15,6 +15,7 @@ namespace {
 using kernels::layer_norm::BackwardArgs;
 using kernels::layer_norm::ForwardArgs;
 using kernels::layer_norm::Parameter;
+using kernels::layer_norm::ParameterGradient;
 
 constexpr int64_t kChunk = 16384;      // columns: 64 KiB of floats
 constexpr int64_t kRowsPerGroup = 32;  // at least, so that partial sums stay a small cost
@@ -42,6 +43,8 @@ const float* as_float(Parameter p, float* buffer, int64_t begin, int64_t n, floa
   return buffer;
 }
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct Statistics {
   float mean, rstd;
 };
@@ -55,30 +58,56 @@ Statistics corrected(float estimate, double sum, double squares, int64_t cols, f
           1.f / sqrtf(float(variance < 0 ? 0 : variance) + eps)};  // a NaN stays NaN
 }
 
+void keep(const ForwardArgs& a, int64_t row, Statistics s) {
+  if (!a.mean) return;
+  a.mean[row] = s.mean;
+  a.rstd[row] = s.rstd;
+}
+
+template <bool Stream, int kRows, class T>
+void forward_some_rows(const ForwardArgs& a, int64_t row, const float* weight, const float* bias,
+                       float* wide) {
+  const int64_t n = a.cols;
+  const T* x = static_cast<const T*>(a.x) + row * n;
+  constexpr bool kWiden = sizeof(T) != sizeof(float);
+  float total[kRows], estimate[kRows];
+  Deviations d[kRows];
+  Statistics s[kRows];
+  row_sums<kRows, kWiden>(x, n, wide, total);
+  for (int r = 0; r < kRows; r++) estimate[r] = total[r] / float(n);
+  auto finish = [&](const auto* values) {
+    row_deviations<kRows>(values, n, estimate, d);
+    for (int r = 0; r < kRows; r++) {
+      s[r] = corrected(estimate[r], d[r].sum, d[r].squares, n, a.eps);
+      keep(a, row + r, s[r]);
+    }
+    for (int r = 0; r < kRows; r++) {
+      row_output<Stream>(values + r * n, n, s[r].mean, s[r].rstd, weight, bias,
+                         static_cast<T*>(a.y) + (row + r) * n);
+    }
+  };
+  if constexpr (kWiden) {
+    finish(wide);
+  } else {
+    finish(x);
+  }
+}
+
 template <bool Stream, class T>
 void forward_rows(const ForwardArgs& a) {
-  const int64_t n = a.cols;
+  const int64_t n = a.cols, pairs = ceil_div(a.rows, 2);
 #pragma omp parallel num_threads(threads_for(a.rows* n))
   {
-    const Scratch scratch(3, n);
+    const Scratch scratch(2, n), wide(1, 2 * n);
     const float* weight = as_float(a.weight, scratch[0], 0, n, 1.f);
     const float* bias = as_float(a.bias, scratch[1], 0, n, 0.f);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.rows; row++) {
-      const T* x = static_cast<const T*>(a.x) + row * n;
-      T* y = static_cast<T*>(a.y) + row * n;
-      auto finish = [&](const float* wide, float total) {
-        const float estimate = total / float(n);
-        const Deviations d = row_deviations(wide, n, estimate);
-        const Statistics s = corrected(estimate, d.sum, d.squares, n, a.eps);
-        row_output<Stream>(wide, n, s.mean, s.rstd, weight, bias, y);
-        a.mean[row] = s.mean;
-        a.rstd[row] = s.rstd;
-      };
-      if constexpr (sizeof(T) == sizeof(float)) {
-        finish(x, row_sum(x, n));
+    for (int64_t pair = 0; pair < pairs; pair++) {
+      const int64_t row = 2 * pair;
+      if (row + 1 < a.rows) {
+        forward_some_rows<Stream, 2, T>(a, row, weight, bias, wide[0]);
       } else {
-        finish(scratch[2], row_sum(x, n, scratch[2]));
+        forward_some_rows<Stream, 1, T>(a, row, weight, bias, wide[0]);
       }
     }
     if constexpr (Stream) stream_fence();
@@ -91,8 +120,6 @@ void parallel_for(int64_t items, int threads, F f) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t item = 0; item < items; item++) f(item);
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // f(chunk, begin, length) for the chunks of a row.
 template <class F>
@@ -117,11 +144,12 @@ void forward_long_row(const ForwardArgs& a, int64_t row, int threads) {
   T* y = static_cast<T*>(a.y) + row * n;
   const Scratch partial(2, chunks);
   for_each_chunk(n, threads, [&](int64_t chunk, int64_t i, int64_t length) {
-    partial[0][chunk] = row_sum(x + i, length);
+    row_sums<1, false>(x + i, length, nullptr, partial[0] + chunk);
   });
   const float estimate = float(ordered_sum(partial[0], chunks) / double(n));
   for_each_chunk(n, threads, [&](int64_t chunk, int64_t i, int64_t length) {
-    const Deviations d = row_deviations(x + i, length, estimate);
+    Deviations d;
+    row_deviations<1>(x + i, length, &estimate, &d);
     partial[0][chunk] = d.sum;
     partial[1][chunk] = d.squares;
   });
@@ -133,8 +161,7 @@ void forward_long_row(const ForwardArgs& a, int64_t row, int threads) {
     const float* bias = as_float(a.bias, scratch[1], i, length, 0.f);
     row_output<false>(x + i, length, s.mean, s.rstd, weight, bias, y + i);
   });
-  a.mean[row] = s.mean;
-  a.rstd[row] = s.rstd;
+  keep(a, row, s);
 }
 
 // Threads over rows where there are enough of them, else within each row.
@@ -176,17 +203,21 @@ void add_groups(const Scratch& partial, int64_t groups, const BackwardArgs& a) {
   const int64_t n = a.cols;
   parallel_for(ceil_div(n, kTile), threads_for(groups * n), [&](int64_t tile) {
     const int64_t begin = tile * kTile, length = n - begin < kTile ? n - begin : kTile;
-    auto add = [&](int64_t which, float* out) {
-      for_each_vector(length, [&](int64_t i, auto lanes, int) {
-        vf total{};
-        for (int64_t g = 0; g < groups; g++) {
-          total += load(partial[2 * g + which] + begin + i, lanes);
-        }
-        store(out + begin + i, total, lanes);
+    auto add = [&](int64_t which, const ParameterGradient& gradient) {
+      if (!gradient.data) return;
+      dispatch_float(gradient.dtype, [&](auto t) {
+        auto* out = static_cast<decltype(t)*>(gradient.data) + begin;
+        for_each_vector(length, [&](int64_t i, auto lanes, int) {
+          vf total{};
+          for (int64_t g = 0; g < groups; g++) {
+            total += load(partial[2 * g + which] + begin + i, lanes);
+          }
+          store(out + i, total, lanes);
+        });
       });
     };
-    if (a.dweight) add(0, a.dweight);
-    if (a.dbias) add(1, a.dbias);
+    add(0, a.dweight);
+    add(1, a.dbias);
   });
 }
 
@@ -274,7 +305,7 @@ void backward_long_parameters(const BackwardArgs& a) {
 
 template <class T>
 void backward_as(const BackwardArgs& a) {
-  const bool parameters = a.dweight || a.dbias;
+  const bool parameters = a.dweight.data || a.dbias.data;
   if (a.cols > kChunk) {
     if (a.dx) {
       for_each_long_row(a.rows, a.cols, [&](int64_t row, int threads) {

@@ -12,6 +12,11 @@ struct Parameter {  // weight or bias: [cols] in a dtype of its own; absent wher
   DType dtype;
 };
 
+struct ParameterGradient {  // [cols] in the parameter's dtype; not wanted where data is null
+  void* data;
+  DType dtype;
+};
+
 struct ForwardArgs {
   const void* x;  // [rows, cols] in dtype
   DType dtype;
@@ -19,7 +24,7 @@ struct ForwardArgs {
   Parameter weight, bias;
   float eps;
   void* y;             // [rows, cols] in dtype
-  float *mean, *rstd;  // [rows]
+  float *mean, *rstd;  // [rows], or both null where not wanted
 };
 
 struct BackwardArgs {
@@ -29,7 +34,7 @@ struct BackwardArgs {
   Parameter weight;
   const float *mean, *rstd;  // [rows]
   void* dx;                  // [rows, cols] in dtype, or null where not wanted
-  float *dweight, *dbias;    // [cols], each null where not wanted
+  ParameterGradient dweight, dbias;
 };
 
 struct CpuKernels {

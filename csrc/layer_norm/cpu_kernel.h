@@ -28,39 +28,47 @@ SIMD_INLINE void to_float(const T* from, float* to, int64_t n) {
   for_each_vector(n, [&](int64_t i, auto lanes, int) { store(to + i, load(from + i, lanes), lanes); });
 }
 
-template <class T>
-SIMD_INLINE float row_sum(const T* x, int64_t n) {
-  Accumulator a;
-  for_each_vector(n, [&](int64_t i, auto lanes, int u) { a.slot[u] += load(x + i, lanes); });
-  return Accumulator::total(a);
-}
+// Statistics go over kRows rows at a time where there are as many: the long chains of dependent
+// operations between the sweeps (adding up lanes, dividing, the square root) then overlap.
 
-// Widens a 16-bit row into `wide` on the way, so that the next sweeps need no conversion.
-template <class T>
-SIMD_INLINE float row_sum(const T* x, int64_t n, float* wide) {
-  Accumulator a;
+// total[r] = sum of row r; x is [kRows, n].  With `wide` [kRows, n] the rows are widened into it on
+// the way, so that the next sweeps need no conversion.
+template <int kRows, bool Widen, class T>
+SIMD_INLINE void row_sums(const T* x, int64_t n, float* wide, float* total) {
+  Accumulator a[kRows];
   for_each_vector(n, [&](int64_t i, auto lanes, int u) {
-    const vf v = load(x + i, lanes);
-    store(wide + i, v, lanes);
-    a.slot[u] += v;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) {
+      const vf v = load(x + r * n + i, lanes);
+      if constexpr (Widen) store(wide + r * n + i, v, lanes);
+      a[r].slot[u] += v;
+    }
   });
-  return Accumulator::total(a);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; r++) total[r] = Accumulator::total(a[r]);
 }
 
 struct Deviations {  // of a row from a first estimate of its mean
-  float sum;      // what the estimate's rounding left over
-  float squares;  // sum of squares
+  float sum;         // what the estimate's rounding left over
+  float squares;     // sum of squares
 };
 
-template <class T>
-SIMD_INLINE Deviations row_deviations(const T* x, int64_t n, float estimate) {
-  Accumulator sum, squares;
+template <int kRows, class T>
+SIMD_INLINE void row_deviations(const T* x, int64_t n, const float* estimate, Deviations* out) {
+  Accumulator sum[kRows], squares[kRows];
   for_each_vector(n, [&](int64_t i, auto lanes, int u) {
-    const vf d = zero_past(load(x + i, lanes) - estimate, lanes);  // past the row: 0 - estimate
-    sum.slot[u] += d;
-    squares.slot[u] += d * d;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) {
+      // Past the row a lane would hold 0 - estimate.
+      const vf d = zero_past(load(x + r * n + i, lanes) - estimate[r], lanes);
+      sum[r].slot[u] += d;
+      squares[r].slot[u] += d * d;
+    }
   });
-  return {Accumulator::total(sum), Accumulator::total(squares)};
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; r++) {
+    out[r] = {Accumulator::total(sum[r]), Accumulator::total(squares[r])};
+  }
 }
 
 // y = (x - mean) * rstd * weight + bias.  U is T, or float where the row was widened.

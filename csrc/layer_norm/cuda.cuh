@@ -13,17 +13,10 @@ struct Target {
   cudaStream_t stream;
 };
 
-// Threads of the persistent kernels that a multiprocessor's 65536 registers hold at a time, by
-// columns per thread; tests/layer_norm/test_cuda_compile.py holds the compiler to it.
-inline int64_t forward_threads(int items, int vec) {
-  if (items == 8) return vec == 1 ? 768 : 1024;
-  return items == 16 && vec > 1 ? 704 : 512;
-}
-inline int64_t backward_threads(int items) { return items == 8 ? 768 : items == 16 ? 512 : 256; }
-
-// Persistent blocks that the device holds at a time.
-inline int64_t resident_blocks(Target target, int64_t threads, dim3 block) {
-  return target.multiprocessors * std::max<int64_t>(1, threads / (block.x * block.y));
+// Persistent blocks of this size that the device holds at a time.
+inline int64_t resident_blocks(int multiprocessors, Bounds bounds, dim3 block) {
+  const unsigned per_multiprocessor = bounds.resident() / (block.x * block.y);
+  return int64_t{multiprocessors} * std::max(1u, per_multiprocessor);
 }
 
 // Calls f<T, kVec>() for the dtype of x: 128-bit chunks where every pointer and row allows it.
@@ -42,16 +35,17 @@ template <typename T, int kVec, int kItems>
 void launch_forward_rows(const ForwardArgs& a, Target target) {
   constexpr const char* kName = "layer_norm forward_rows_kernel";
   const dim3 block = row_block(a.cols, kVec, kItems, kGroupThreads);
-  const int64_t most = resident_blocks(target, forward_threads(kItems, kVec), block);
+  const int64_t most = resident_blocks(target.multiprocessors, forward_bounds(kItems, kVec), block);
   const unsigned grid = checked_grid(balanced_blocks(ceil_div(a.rows, block.y), most), kName);
-  forward_rows_kernel<T, kVec, kItems><<<grid, block, tile_bytes(block, kVec), target.stream>>>(a);
+  forward_rows_kernel<T, kVec, kItems>
+      <<<grid, block, tile_bytes(block, load_tile_floats(kVec, kItems)), target.stream>>>(a);
   check_launch(kName);
 }
 
 template <typename T, int kVec>
 void launch_forward(const ForwardArgs& a, Target target) {
   if (a.cols <= max_register_columns(kVec)) {
-    const int items = items_for(a.cols, kVec);
+    const int items = items_for(a.cols, kVec, forward_bounds(16, kVec).threads);
     if (items == 8) return launch_forward_rows<T, kVec, 8>(a, target);
     if (items == 16) return launch_forward_rows<T, kVec, 16>(a, target);
     if constexpr (kVec > 1) return launch_forward_rows<T, kVec, 32>(a, target);
@@ -90,15 +84,14 @@ inline BackwardPlan plan_backward(int64_t rows, int64_t cols, bool dx, bool sums
   // enough to be read a second time from the L2 cache, and both kernels fill the device.
   if (dx && cols <= kMaxRegisterColumnsBackward &&
       (shared_warps || rows >= least_rows * multiprocessors)) {
-    const int items = items_for(cols, kVectorBytes);
+    const int items = items_for(cols, kVectorBytes, backward_bounds(16).threads);
     const dim3 block = row_block(cols, kVectorBytes, items, kGroupThreads);
-    const int64_t most =
-        resident_blocks({multiprocessors, nullptr}, backward_threads(items), block);
+    const int64_t most = resident_blocks(multiprocessors, backward_bounds(items), block);
     return {true, balanced_blocks(ceil_div(rows, least_rows), most), 0};
   }
   const int64_t tiles = ceil_div(cols, kWarp * kSumItems);
-  const int64_t ranges =
-      std::clamp<int64_t>(ceil_div(4 * int64_t{multiprocessors}, tiles), 1, ceil_div(rows, 64));
+  const int64_t ranges = std::clamp<int64_t>(ceil_div(int64_t{multiprocessors} * kSumBlocks, tiles),
+                                             1, ceil_div(rows, 64));
   const int64_t rows_per_range = ceil_div(rows, ranges);
   return {false, ceil_div(rows, rows_per_range), rows_per_range};
 }
@@ -108,7 +101,7 @@ void launch_backward_rows(const BackwardArgs& a, int64_t blocks, Target target) 
   constexpr const char* kName = "layer_norm backward_rows_kernel";
   const dim3 block = row_block(a.cols, kVec, kItems, kGroupThreads);
   if (blocks == 0) {  // no column sums: as in the forward
-    const int64_t most = resident_blocks(target, backward_threads(kItems), block);
+    const int64_t most = resident_blocks(target.multiprocessors, backward_bounds(kItems), block);
     blocks = balanced_blocks(ceil_div(a.rows, block.y), most);
   }
   backward_rows_kernel<T, kVec, kItems>
@@ -120,7 +113,7 @@ void launch_backward_rows(const BackwardArgs& a, int64_t blocks, Target target) 
 template <typename T, int kVec>
 void launch_dx(const BackwardArgs& a, int64_t blocks, Target target) {
   if (a.cols <= kMaxRegisterColumnsBackward) {
-    const int items = items_for(a.cols, kVec);
+    const int items = items_for(a.cols, kVec, backward_bounds(16).threads);
     if (items == 8) return launch_backward_rows<T, kVec, 8>(a, blocks, target);
     if (items == 16) return launch_backward_rows<T, kVec, 16>(a, blocks, target);
     if constexpr (kVec > 1) return launch_backward_rows<T, kVec, 32>(a, blocks, target);

@@ -22,13 +22,21 @@ struct BackwardArgs {
   int64_t rows_per_range;  // column_sums_kernel: rows of one blockIdx.y
 };
 
-constexpr int64_t kMaxRegisterColumnsBackward = 16 * kWideThreads;
-constexpr int kSumItems = 8;  // columns per thread of column_sums_kernel
-constexpr int kSumRows = 8;   // its blockDim.y
+constexpr int kSumItems = 8;   // columns per thread of column_sums_kernel
+constexpr int kSumRows = 8;    // its blockDim.y
+constexpr int kSumBlocks = 3;  // of those that a multiprocessor holds
+
+constexpr Bounds backward_bounds(int items) {
+  if (items == 8) return {kGroupThreads, 3};
+  return items == 16 ? Bounds{512, 1} : Bounds{kGroupThreads, 1};
+}
+
+// The longest rows whose sums the backward keeps in registers.
+constexpr int64_t kMaxRegisterColumnsBackward = 16 * backward_bounds(16).threads;
 
 // dx, and where dweight or dbias is given the column sums of the block's rows at row blockIdx.x.
 template <typename T, int kVec, int kItems>
-__global__ void __launch_bounds__(kItems == 16 ? kWideThreads : kGroupThreads)
+__global__ void __launch_bounds__(backward_bounds(kItems).threads, backward_bounds(kItems).blocks)
     backward_rows_kernel(BackwardArgs a) {
   extern __shared__ __align__(kVectorBytes) float tile[];
   __shared__ RowSumScratch<2> scratch;
@@ -145,7 +153,7 @@ __global__ void __launch_bounds__(kLongThreads, kLongBlocks) backward_long_kerne
 // Column sums of rows [blockIdx.y * rows_per_range, ...) for the columns of tile blockIdx.x, at row
 // blockIdx.y of dweight and dbias. Lanes hold columns, the warps of a block take rows in turn.
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kWarp* kSumRows) column_sums_kernel(BackwardArgs a) {
+__global__ void __launch_bounds__(kWarp* kSumRows, kSumBlocks) column_sums_kernel(BackwardArgs a) {
   extern __shared__ __align__(kVectorBytes) float tile[];
   constexpr int kChunks = kSumItems / kVec;
   constexpr int kUnroll = kVec == 1 ? 1 : 2;  // rows in flight; 8 chunks are enough by themselves

@@ -1,5 +1,4 @@
-// Layer norm forward on CUDA: mean first, then the centred variance, then y = (x - mean) rstd w +
-// b.
+// Layer norm forward on CUDA: the mean first, then the centred variance, then the output.
 //
 // Rows of up to 16384 columns (8192 where they are not 128-bit aligned) stay in registers, so x is
 // read once: part of a warp per row while 32 columns per lane hold it, else a block per row. The
@@ -22,24 +21,37 @@ struct ForwardArgs {
 };
 
 constexpr int kGroupThreads = 256;  // block size where a warp holds a whole row
-constexpr int kWideThreads = 512;   // largest block that holds one row
 constexpr int kLongThreads = 512;   // block size of the sweeping kernels
 constexpr int kLongBlocks = 2;      // of those that a multiprocessor holds
 
+// Largest block of a kernel, and how many of those the registers of a multiprocessor shall hold:
+// the compiler is told both, the grids are planned by them.
+struct Bounds {
+  int threads, blocks;
+  constexpr int resident() const { return threads * blocks; }
+};
+
+constexpr Bounds forward_bounds(int items, int vec) {
+  if (items == 8) return {kGroupThreads, vec == 1 ? 3 : 4};
+  if (items == 16 && vec > 1) return {256, 3};
+  return {512, 1};
+}
+
 // Columns a thread owns, by row length: few for short rows, 16 where a block shares the row, 32
-// where a warp would otherwise not hold it. Element-wise chunks cost registers for their addresses,
-// so rows of those go over to a block per row earlier.
-inline int items_for(int64_t cols, int vec) {
+// where a warp, or `wide_threads` threads, would otherwise not hold it. Element-wise chunks cost
+// registers for their addresses, so rows of those go over to a block per row earlier.
+inline int items_for(int64_t cols, int vec, int wide_threads) {
   if (cols <= 8 * kWarp) return 8;
   if (vec == 1 || cols <= 16 * kWarp) return 16;
-  return cols <= 32 * kWarp || cols > 16 * kWideThreads ? 32 : 16;
+  return cols <= 32 * kWarp || cols > 16 * wide_threads ? 32 : 16;
 }
 
 // The longest rows that the forward keeps in registers.
-inline int64_t max_register_columns(int vec) { return (vec == 1 ? 16 : 32) * kWideThreads; }
+inline int64_t max_register_columns(int vec) { return vec == 1 ? 16 * 512 : 32 * 512; }
 
 template <typename T, int kVec, int kItems>
-__global__ void __launch_bounds__(kItems == 8 ? kGroupThreads : kWideThreads)
+__global__ void __launch_bounds__(forward_bounds(kItems, kVec).threads,
+                                  forward_bounds(kItems, kVec).blocks)
     forward_rows_kernel(ForwardArgs a) {
   extern __shared__ __align__(kVectorBytes) float tile[];
   __shared__ RowSumScratch<1> scratch;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,24 +23,19 @@ def unsupported(
 ) -> str | None:
     if isinstance(_native.cpu, str):
         return _native.cpu
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"input is on {x.device.type}, not on the CPU"
-    for name, tensor in (("input", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in _CODES:
-            return f"{name} is {tensor.dtype}; accepted are float32, bfloat16 and float16"
+    if x.dtype not in _CODES:
+        return _dtype_refusal("input", x)
+    if weight is not None and weight.dtype not in _CODES:
+        return _dtype_refusal("weight", weight)
+    if bias is not None and bias.dtype not in _CODES:
+        return _dtype_refusal("bias", bias)
     return None
 
 
-def _parameter(parameter: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """The parameter made contiguous (to be kept alive), its address (0: absent), its code."""
-    if parameter is None:
-        return None, 0, 0
-    parameter = parameter.contiguous()
-    return parameter, parameter.data_ptr(), _CODES[parameter.dtype]
-
-
-def _rows_shape(x: Tensor, normalized_shape: Sequence[int]) -> torch.Size:
-    return x.shape[: x.dim() - len(normalized_shape)]
+def _dtype_refusal(name: str, tensor: Tensor) -> str:
+    return f"{name} is {tensor.dtype}; accepted are float32, bfloat16 and float16"
 
 
 def forward(
@@ -48,29 +44,38 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     x = x.contiguous()
-    weight, weight_address, weight_code = _parameter(weight)
-    bias, bias_address, bias_code = _parameter(bias)
     y = torch.empty_like(x)
-    mean = x.new_empty(_rows_shape(x, normalized_shape), dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    elements = x.numel()
+    elements, cols = x.numel(), math.prod(normalized_shape)
+    mean = rstd = None
+    mean_address = rstd_address = weight_address = bias_address = weight_code = bias_code = 0
+    if statistics:
+        rows_shape = x.shape[: x.dim() - len(normalized_shape)]
+        mean = x.new_empty(rows_shape, dtype=torch.float32)
+        rstd = torch.empty_like(mean)
+        mean_address, rstd_address = mean.data_ptr(), rstd.data_ptr()
+    if weight is not None:
+        weight = weight.contiguous()
+        weight_address, weight_code = weight.data_ptr(), _CODES[weight.dtype]
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_address, bias_code = bias.data_ptr(), _CODES[bias.dtype]
     if elements:
-        rows = mean.numel()
         _native.cpu.layer_norm_forward(
             x.data_ptr(),
             _CODES[x.dtype],
-            rows,
-            elements // rows,
+            elements // cols,
+            cols,
             weight_address,
             weight_code,
             bias_address,
             bias_code,
             eps,
             y.data_ptr(),
-            mean.data_ptr(),
-            rstd.data_ptr(),
+            mean_address,
+            rstd_address,
         )
     return y, mean, rstd
 
@@ -86,23 +91,26 @@ def backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, dy = x.contiguous(), dy.contiguous()
-    want_weight = output_mask[1] and weight is not None
-    want_bias = output_mask[2] and bias is not None
+    weight_address = weight_code = bias_code = 0
     dx = torch.empty_like(x) if output_mask[0] else None
-    # Sums are float32 whatever the parameter's dtype.
-    new_sum = x.new_empty if x.numel() else x.new_zeros  # no rows add up to 0
-    dweight = new_sum(tuple(normalized_shape), dtype=torch.float32) if want_weight else None
-    dbias = new_sum(tuple(normalized_shape), dtype=torch.float32) if want_bias else None
-    elements = x.numel()
+    new = torch.empty_like if x.numel() else torch.zeros_like  # no rows add up to 0
+    dweight = dbias = None
+    if weight is not None:
+        weight = weight.contiguous()
+        weight_address, weight_code = weight.data_ptr(), _CODES[weight.dtype]
+        if output_mask[1]:
+            dweight = new(weight)
+    if output_mask[2] and bias is not None:
+        dbias = new(bias, memory_format=torch.contiguous_format)
+        bias_code = _CODES[bias.dtype]
+    elements, cols = x.numel(), math.prod(normalized_shape)
     if elements:
-        rows = mean.numel()
-        held, weight_address, weight_code = _parameter(weight)
         _native.cpu.layer_norm_backward(
             dy.data_ptr(),
             x.data_ptr(),
             _CODES[x.dtype],
-            rows,
-            elements // rows,
+            elements // cols,
+            cols,
             weight_address,
             weight_code,
             mean.data_ptr(),
@@ -110,9 +118,6 @@ def backward(
             0 if dx is None else dx.data_ptr(),
             0 if dweight is None else dweight.data_ptr(),
             0 if dbias is None else dbias.data_ptr(),
+            bias_code,
         )
-    if weight is not None and dweight is not None:
-        dweight = dweight.to(weight.dtype)
-    if bias is not None and dbias is not None:
-        dbias = dbias.to(bias.dtype)
     return dx, dweight, dbias

@@ -54,6 +54,7 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    statistics: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y in the shape and dtype of x; mean and rstd in float32, of the leading shape of x."""
     x, weight, bias = x.contiguous(), _contiguous(weight), _contiguous(bias)

@@ -36,6 +36,7 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    statistics: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _is_short_on_cpu(x):
         dtype, parameter_dtype = x.dtype, torch.float32

@@ -43,20 +43,21 @@ class LayerNormFunction(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         y, mean, rstd = _forward(x, normalized_shape, weight, bias, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.normalized_shape = normalized_shape
-        ctx.eps = eps
+        ctx.save_for_backward(x, weight)
+        # Of bias only the dtype is needed, and the statistics are no input or output: saving them
+        # like x would cost a small call as much as its arithmetic.
+        ctx.rest = normalized_shape, bias, mean, rstd, eps
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        shape = ctx.normalized_shape
+        x, weight = ctx.saved_tensors
+        shape, bias, mean, rstd, eps = ctx.rest
         wanted = ctx.needs_input_grad
         mask = (wanted[0], wanted[2], wanted[3])
         if torch.is_grad_enabled():
             # create_graph: the statistics depend on x, so they take part in the second derivative.
-            mean, rstd = reference.statistics(x, shape, ctx.eps)
+            mean, rstd = reference.statistics(x, shape, eps)
             dx, dweight, dbias = reference.backward(dy, x, shape, weight, bias, mean, rstd, mask)
         else:
             dx, dweight, dbias = _backward(dy, x, shape, weight, bias, mean, rstd, mask)
@@ -122,7 +123,7 @@ def _apply(
     ):
         y: Tensor = LayerNormFunction.apply(x, shape, weight, bias, eps)
     else:
-        y = _forward(x, shape, weight, bias, eps)[0]
+        y = _forward(x, shape, weight, bias, eps, statistics=False)[0]
     return y
 
 
@@ -214,7 +215,7 @@ def _check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], input
             f"layer_norm: {name} is {parameter.dtype}; "
             "accepted are float32, bfloat16, float16, float64"
         )
-    if parameter.device != input.device:
+    if not (parameter.is_cpu and input.is_cpu) and parameter.device != input.device:
         raise RuntimeError(
             f"layer_norm: {name} is on {parameter.device}, but input is on {input.device}; "
             "they must be on one device"

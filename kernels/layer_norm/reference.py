@@ -41,6 +41,7 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    statistics: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = (x - mean) * rstd * weight + bias, with the statistics."""
     mean, rstd = statistics(x, normalized_shape, eps)

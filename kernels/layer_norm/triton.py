@@ -35,7 +35,7 @@ TILES = (
     (1024, 4, 4),
     (2048, 4, 8),
     (4096, 4, 16),
-    (8192, 2, 16),
+    (8192, 2, 32),
     (RESIDENT_COLS, 1, 32),
 )
 
@@ -77,8 +77,10 @@ def _forward_kernel(
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         mean = tl.sum(x, 1) / cols
         xc = tl.where(mask, x - mean[:, None], 0.0)  # lanes past cols must not enter the variance
-        rstd = tl.rsqrt(tl.sum(xc * xc, 1) / cols + eps)
-        y = xc * rstd[:, None]
+        shift = tl.sum(xc, 1) / cols  # what rounding took from the mean: README, forward
+        mean += shift
+        rstd = tl.rsqrt(tl.sum(xc * xc, 1) / cols - shift * shift + eps)
+        y = (xc - shift[:, None]) * rstd[:, None]
         if HAS_WEIGHT:
             y *= weight
         if HAS_BIAS:
@@ -116,13 +118,17 @@ def _forward_long_kernel(
             total += tl.load(x_ptr + start + offs_n, mask=offs_n < cols, other=0.0).to(tl.float32)
         mean = tl.sum(total, 0) / cols
         total = tl.zeros([BLOCK_N], tl.float32)
+        squares = tl.zeros([BLOCK_N], tl.float32)
         for block in range(0, cols, BLOCK_N):
             offs_n = block + tl.arange(0, BLOCK_N)
             mask_n = offs_n < cols
             x = tl.load(x_ptr + start + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             xc = tl.where(mask_n, x - mean, 0.0)
-            total += xc * xc
-        rstd = tl.rsqrt(tl.sum(total, 0) / cols + eps)
+            total += xc
+            squares += xc * xc
+        shift = tl.sum(total, 0) / cols
+        mean += shift
+        rstd = tl.rsqrt(tl.sum(squares, 0) / cols - shift * shift + eps)
         for block in range(0, cols, BLOCK_N):
             offs_n = block + tl.arange(0, BLOCK_N)
             mask_n = offs_n < cols
@@ -154,6 +160,7 @@ def forward(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
+    statistics: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y of x's shape and dtype, mean and rstd float32 over the leading dimensions."""
     leading = x.shape[: x.dim() - len(normalized_shape)]

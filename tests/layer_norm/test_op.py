@@ -199,7 +199,7 @@ def test_saved_tensors_are_seen_by_hooks_and_checkpoint():
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         layer_norm(x, (6,), weight, bias)
-    assert len(packed) == 5
+    assert len(packed) == 2  # x and weight
 
     def function(x):
         return layer_norm(x, (6,), weight, bias).sin()

@@ -102,6 +102,17 @@ def test_long_rows(monkeypatch, rows, cols):
     check(x, (cols,), weight, None, dy)
 
 
+@pytest.mark.parametrize("cols", [24, 200])
+def test_rows_of_equal_values_have_no_variance(monkeypatch, cols):
+    """The first mean carries its sum's rounding; uncorrected it shows 300 times enlarged."""
+    monkeypatch.setattr(backend, "RESIDENT_COLS", 64)
+    monkeypatch.setattr(backend, "LONG_BLOCK_N", 64)
+    x = torch.randn(9, 1).expand(9, cols)
+    y, mean, _ = backend.forward(x, (cols,), None, None, EPS)
+    assert torch.equal(mean, x[:, 0])
+    assert not y.any()
+
+
 @pytest.mark.parametrize("rows", [3, 33])
 @pytest.mark.parametrize(("with_weight", "with_bias"), [(1, 0), (0, 1), (0, 0)])
 def test_optional_parameters(rows, with_weight, with_bias):

@@ -1,4 +1,4 @@
-"""Fresh Python processes, a stand-in for Hugging Face's package, and small copies of this project."""
+"""Fresh Python processes, a stand-in for Hugging Face's package, copies of this project."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@
 namespace kernels::ISA {
 
 // Below this many elements waking a thread costs more than it saves (64 x 768 runs on one).
-constexpr int64_t kElementsPerThread = 32768;
+constexpr int64_t kElementsPerThread = 8192;
 
 // Threads worth using; torch.set_num_threads is the upper limit, for torch shares the OpenMP pool.
 SIMD_INLINE int threads_for(int64_t elements) {

@@ -31,10 +31,13 @@ inline dim3 row_block(int64_t cols, int vec, int items, int threads) {
   return dim3(lanes, threads / lanes);
 }
 
-// Bytes of shared memory for load_owned (kVec floats per thread) or store_column_sums (kItems).
+// Bytes of shared memory with `floats` per thread; store_column_sums needs kItems of them.
 inline size_t tile_bytes(dim3 block, int floats) {
   return sizeof(float) * block.x * block.y * floats;
 }
+// What load_owned needs: a chunk of the block, or the longest row that a warp holds (32 kItems
+// columns, spread over 256 threads).
+constexpr int load_tile_floats(int vec, int items) { return std::max(vec, items / 8); }
 
 // Where a tile keeps a column. Threads that read 8 neighbours as two float4 would meet in the banks
 // pairwise; moving every other group of 32 by one float4 keeps them apart.
@@ -64,34 +67,51 @@ __device__ __forceinline__ void write_tile(float* tile, int col, const float* in
 }
 
 // owned[i] = parameter[column of item i] as fp32, or `missing` where the parameter is null.
-// The block reads each column once, in order, and hands it on through shared memory: threads that
-// own 8 neighbours of an fp32 vector would otherwise use half of every sector they ask for.
+// The block reads each column once, neighbours by neighbours, and hands the values on through
+// shared memory: a thread that fetched its own 8 columns of an fp32 vector would use half of every
+// sector it asks for.
 template <int kVec, int kItems>
 __device__ __forceinline__ void load_owned(const void* parameter, DType dtype, float missing,
                                            int cols, float* tile, float (&owned)[kItems]) {
+  constexpr int kChunks = kItems / kVec;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) owned[i] = missing;
   if (parameter == nullptr) return;
 
-  const int threads = block_threads(), width = threads * kVec;
-#pragma unroll 1
-  for (int base = 0; base < cols; base += width) {
-    float staged[kVec];
+  if (blockDim.x <= kWarp) {  // the rows of the block share one reading
+    __syncthreads();          // the tile's earlier readers are done
     with_type(dtype, parameter, [&](auto* p) {
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) {
-        const int col = base + v * threads + thread_in_block();
-        staged[v] = col < cols ? to_float(p[col]) : 0.f;
+#pragma unroll 4
+      for (int col = thread_in_block(); col < cols; col += block_threads()) {
+        tile[tile_slot(col)] = to_float(p[col]);
       }
     });
-    __syncthreads();  // the tile's earlier readers are done
-#pragma unroll
-    for (int v = 0; v < kVec; ++v) tile[tile_slot(v * threads + thread_in_block())] = staged[v];
     __syncthreads();
 #pragma unroll
-    for (int chunk = 0; chunk < kItems / kVec; ++chunk) {
-      const int col = owned_column<kVec>(chunk) - base;
-      if (col >= 0 && col < width) read_tile<kVec>(tile, col, owned + chunk * kVec);
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int col = owned_column<kVec>(chunk);
+      if (col < cols) read_tile<kVec>(tile, col, owned + chunk * kVec);
+    }
+    return;
+  }
+  with_type(dtype, parameter, [&](auto* p) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int col = i * blockDim.x + threadIdx.x;
+      if (col < cols) owned[i] = to_float(p[col]);
+    }
+  });
+  if constexpr (kVec >
+                1) {  // chunk by chunk from "every blockDim.x-th column" to "kVec neighbours"
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      __syncthreads();
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) {
+        tile[tile_slot(v * blockDim.x + threadIdx.x)] = owned[chunk * kVec + v];
+      }
+      __syncthreads();
+      read_tile<kVec>(tile, threadIdx.x * kVec, owned + chunk * kVec);
     }
   }
 }
