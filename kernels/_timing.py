@@ -59,4 +59,5 @@ def _summary(times: list[float]) -> Timing:
 def copying(elements: int, dtype: torch.dtype) -> Callable[[], object]:
     """A call that reads and writes `elements` once: what memory allows an op of that traffic."""
     source = torch.ones(elements, dtype=dtype)
-    return source.clone
+    destination = torch.zeros_like(source)
+    return lambda: destination.copy_(source)

@@ -25,7 +25,7 @@ constexpr int64_t kTile = 2048;  // columns of one work item of a long row's dwe
 // Output that will not stay in the cache until the next operator reads it is written past it.
 template <class T>
 bool use_stream(const void* out, int64_t rows, int64_t cols) {
-  constexpr int64_t kFromBytes = int64_t{12} << 20;
+  constexpr int64_t kFromBytes = int64_t{4} << 20;
   return rows * cols * int64_t(sizeof(T)) >= kFromBytes && uintptr_t(out) % 64 == 0 &&
          cols * int64_t(sizeof(T)) % 64 == 0;
 }
@@ -83,7 +83,7 @@ void forward_some_rows(const ForwardArgs& a, int64_t row, const float* weight, c
     }
     for (int r = 0; r < kRows; r++) {
       row_output<Stream>(values + r * n, n, s[r].mean, s[r].rstd, weight, bias,
-                         static_cast<T*>(a.y) + (row + r) * n);
+                         static_cast<T*>(a.y) + (row + r) * n, x + (kRows + r) * n);
     }
   };
   if constexpr (kWiden) {
@@ -159,7 +159,7 @@ void forward_long_row(const ForwardArgs& a, int64_t row, int threads) {
     const Scratch scratch(2, length);
     const float* weight = as_float(a.weight, scratch[0], i, length, 1.f);
     const float* bias = as_float(a.bias, scratch[1], i, length, 0.f);
-    row_output<false>(x + i, length, s.mean, s.rstd, weight, bias, y + i);
+    row_output<false>(x + i, length, s.mean, s.rstd, weight, bias, y + i, x + i);
   });
   keep(a, row, s);
 }
@@ -221,6 +221,25 @@ void add_groups(const Scratch& partial, int64_t groups, const BackwardArgs& a) {
   });
 }
 
+template <bool Stream, bool WithDx, bool WithParameters, int kRows, class T>
+void backward_some_rows(const BackwardArgs& a, int64_t row, const float* weight, float* dxhat,
+                        float* dweight, float* dbias) {
+  const int64_t n = a.cols;
+  const T* dy = static_cast<const T*>(a.dy) + row * n;
+  const T* x = static_cast<const T*>(a.x) + row * n;
+  const float *mean = a.mean + row, *rstd = a.rstd + row;
+  RowSums s[kRows];
+  row_gradient_sums<kRows, WithDx, WithParameters>(dy, x, n, mean, rstd, weight, dxhat, dweight,
+                                                   dbias, s);
+  if constexpr (WithDx) {
+    for (int r = 0; r < kRows; r++) {
+      row_dx<Stream>(dxhat + r * n, x + r * n, n, mean[r], rstd[r], s[r].dxhat / float(n),
+                     s[r].dxhat_xhat / float(n), static_cast<T*>(a.dx) + (row + r) * n,
+                     dy + (kRows + r) * n, x + (kRows + r) * n);
+    }
+  }
+}
+
 template <bool Stream, bool WithDx, bool WithParameters, class T>
 void backward_rows(const BackwardArgs& a) {
   const int64_t n = a.cols;
@@ -228,9 +247,9 @@ void backward_rows(const BackwardArgs& a) {
   const Scratch partial(WithParameters ? 2 * groups.count : 0, n);
 #pragma omp parallel num_threads(threads_for(a.rows* n))
   {
-    const Scratch scratch(2, n);
+    const Scratch scratch(1, n), kept(1, 2 * n);
     const float* weight = as_float(a.weight, scratch[0], 0, n, 1.f);
-    float* dxhat = scratch[1];
+    float* dxhat = kept[0];
 #pragma omp for schedule(static)
     for (int64_t g = 0; g < groups.count; g++) {
       float *dweight = partial[2 * g], *dbias = partial[2 * g + 1];
@@ -238,17 +257,15 @@ void backward_rows(const BackwardArgs& a) {
         memset(dweight, 0, n * sizeof(float));
         memset(dbias, 0, n * sizeof(float));
       }
-      const int64_t begin = g * groups.rows_per_group, end = begin + groups.rows_per_group;
-      for (int64_t row = begin; row < end && row < a.rows; row++) {
-        const T* dy = static_cast<const T*>(a.dy) + row * n;
-        const T* x = static_cast<const T*>(a.x) + row * n;
-        const float mean = a.mean[row], rstd = a.rstd[row];
-        const RowSums s = row_gradient_sums<WithDx, WithParameters>(
-            dy, x, n, mean, rstd, weight, dxhat, dweight, dbias);
-        if constexpr (WithDx) {
-          row_dx<Stream>(dxhat, x, n, mean, rstd, s.dxhat / float(n), s.dxhat_xhat / float(n),
-                         static_cast<T*>(a.dx) + row * n);
-        }
+      int64_t row = g * groups.rows_per_group, end = row + groups.rows_per_group;
+      if (end > a.rows) end = a.rows;
+      for (; row + 2 <= end; row += 2) {
+        backward_some_rows<Stream, WithDx, WithParameters, 2, T>(a, row, weight, dxhat, dweight,
+                                                                 dbias);
+      }
+      if (row < end) {
+        backward_some_rows<Stream, WithDx, WithParameters, 1, T>(a, row, weight, dxhat, dweight,
+                                                                 dbias);
       }
     }
     if constexpr (Stream) stream_fence();
@@ -268,15 +285,17 @@ void backward_long_row_dx(const BackwardArgs& a, int64_t row, int threads) {
   for_each_chunk(n, threads, [&](int64_t chunk, int64_t i, int64_t length) {
     const Scratch scratch(1, length);
     const float* weight = as_float(a.weight, scratch[0], i, length, 1.f);
-    const RowSums s = row_gradient_sums<true, false>(dy + i, x + i, length, mean, rstd, weight,
-                                                     dxhat + i, nullptr, nullptr);
+    RowSums s;
+    row_gradient_sums<1, true, false>(dy + i, x + i, length, &mean, &rstd, weight, dxhat + i,
+                                      nullptr, nullptr, &s);
     partial[0][chunk] = s.dxhat;
     partial[1][chunk] = s.dxhat_xhat;
   });
   const float mean_dxhat = float(ordered_sum(partial[0], chunks) / double(n));
   const float mean_dxhat_xhat = float(ordered_sum(partial[1], chunks) / double(n));
   for_each_chunk(n, threads, [&](int64_t, int64_t i, int64_t length) {
-    row_dx<false>(dxhat + i, x + i, length, mean, rstd, mean_dxhat, mean_dxhat_xhat, dx + i);
+    row_dx<false>(dxhat + i, x + i, length, mean, rstd, mean_dxhat, mean_dxhat_xhat, dx + i, dy + i,
+                  x + i);
   });
 }
 
@@ -295,9 +314,9 @@ void backward_long_parameters(const BackwardArgs& a) {
     const int64_t begin = g * groups.rows_per_group, end = begin + groups.rows_per_group;
     for (int64_t row = begin; row < end && row < a.rows; row++) {
       const int64_t at = row * n + i;
-      row_gradient_sums<false, true>(static_cast<const T*>(a.dy) + at,
-                                     static_cast<const T*>(a.x) + at, length, a.mean[row],
-                                     a.rstd[row], nullptr, nullptr, dweight, dbias);
+      row_gradient_sums<1, false, true>(static_cast<const T*>(a.dy) + at,
+                                        static_cast<const T*>(a.x) + at, length, a.mean + row,
+                                        a.rstd + row, nullptr, nullptr, dweight, dbias, nullptr);
     }
   });
   add_groups(partial, groups.count, a);

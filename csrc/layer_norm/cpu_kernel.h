@@ -74,8 +74,9 @@ SIMD_INLINE void row_deviations(const T* x, int64_t n, const float* estimate, De
 // y = (x - mean) * rstd * weight + bias.  U is T, or float where the row was widened.
 template <bool Stream, class U, class T>
 SIMD_INLINE void row_output(const U* x, int64_t n, float mean, float rstd, const float* weight,
-                            const float* bias, T* y) {
+                            const float* bias, T* y, const T* next) {
   for_each_vector(n, [&](int64_t i, auto lanes, int) {
+    __builtin_prefetch(next + i);
     const vf xhat = (load(x + i, lanes) - mean) * rstd;
     write<Stream>(y + i, xhat * load(weight + i, lanes) + load(bias + i, lanes), lanes);
   });
@@ -86,37 +87,57 @@ struct RowSums {
   float dxhat_xhat;  // sum of dxhat * xhat
 };
 
-// One sweep over dy and x: the two sums that dx needs, and this row's share of dweight and dbias.
-// `dxhat` [n] is kept for row_dx: recomputed there it could be contracted into an FMA, and then
-// differ from what was summed, which a row of one column or of equal values would show.
-template <bool WithSums, bool WithParameters, class T>
-SIMD_INLINE RowSums row_gradient_sums(const T* dy, const T* x, int64_t n, float mean, float rstd,
-                                      const float* weight, float* dxhat, float* dweight,
-                                      float* dbias) {
-  vf sum_dxhat{}, sum_dxhat_xhat{};
+// One sweep over dy and x [kRows, n]: the two sums that dx needs, and the rows' share of dweight
+// and dbias, which two rows at a time load and store half as often.
+// `dxhat` [kRows, n] is kept for row_dx: recomputed there it could be contracted into an FMA, and
+// then differ from what was summed, which a row of one column or of equal values would show.
+template <int kRows, bool WithSums, bool WithParameters, class T>
+SIMD_INLINE void row_gradient_sums(const T* dy, const T* x, int64_t n, const float* mean,
+                                   const float* rstd, const float* weight, float* dxhat,
+                                   float* dweight, float* dbias, RowSums* out) {
+  vf sum_dxhat[kRows] = {}, sum_dxhat_xhat[kRows] = {};
   for_each_vector(n, [&](int64_t i, auto lanes, int) {
-    const vf d = load(dy + i, lanes);  // 0 past the row, and so are all products
-    const vf xhat = (load(x + i, lanes) - mean) * rstd;
+    vf dw, db, w;
     if constexpr (WithParameters) {
-      store(dweight + i, load(dweight + i, lanes) + d * xhat, lanes);
-      store(dbias + i, load(dbias + i, lanes) + d, lanes);
+      dw = load(dweight + i, lanes);
+      db = load(dbias + i, lanes);
     }
-    if constexpr (WithSums) {
-      const vf g = d * load(weight + i, lanes);
-      store(dxhat + i, g, lanes);
-      sum_dxhat += g;
-      sum_dxhat_xhat += g * xhat;
+    if constexpr (WithSums) w = load(weight + i, lanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) {
+      const vf d = load(dy + r * n + i, lanes);  // 0 past the row, and so are all products
+      const vf xhat = (load(x + r * n + i, lanes) - mean[r]) * rstd[r];
+      if constexpr (WithParameters) {
+        dw += d * xhat;
+        db += d;
+      }
+      if constexpr (WithSums) {
+        const vf g = d * w;
+        store(dxhat + r * n + i, g, lanes);
+        sum_dxhat[r] += g;
+        sum_dxhat_xhat[r] += g * xhat;
+      }
+    }
+    if constexpr (WithParameters) {
+      store(dweight + i, dw, lanes);
+      store(dbias + i, db, lanes);
     }
   });
-  return WithSums ? RowSums{sum(sum_dxhat), sum(sum_dxhat_xhat)} : RowSums{};
+  if constexpr (WithSums) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) out[r] = {sum(sum_dxhat[r]), sum(sum_dxhat_xhat[r])};
+  }
 }
 
 // dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
 template <bool Stream, class T>
 SIMD_INLINE void row_dx(const float* dxhat, const T* x, int64_t n, float mean, float rstd,
-                        float mean_dxhat, float mean_dxhat_xhat, T* dx) {
+                        float mean_dxhat, float mean_dxhat_xhat, T* dx, const T* next_dy,
+                        const T* next_x) {
   const float slope = rstd * mean_dxhat_xhat;
   for_each_vector(n, [&](int64_t i, auto lanes, int) {
+    __builtin_prefetch(next_dy + i);
+    __builtin_prefetch(next_x + i);
     const vf centred = load(dxhat + i, lanes) - mean_dxhat;
     write<Stream>(dx + i, (centred - (load(x + i, lanes) - mean) * slope) * rstd, lanes);
   });
