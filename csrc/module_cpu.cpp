@@ -45,17 +45,18 @@ void layer_norm_forward(uintptr_t x, int dtype, int64_t rows, int64_t cols, uint
 void layer_norm_backward(uintptr_t dy, uintptr_t x, int dtype, int64_t rows, int64_t cols,
                          uintptr_t weight, int weight_dtype, uintptr_t mean, uintptr_t rstd,
                          uintptr_t dx, uintptr_t dweight, uintptr_t dbias, int bias_dtype) {
-  current_instruction_set()->layer_norm->backward({.dy = pointer(dy),
-                                                   .x = pointer(x),
-                                                   .dtype = DType(dtype),
-                                                   .rows = rows,
-                                                   .cols = cols,
-                                                   .weight = {pointer(weight), DType(weight_dtype)},
-                                                   .mean = pointer<float>(mean),
-                                                   .rstd = pointer<float>(rstd),
-                                                   .dx = pointer(dx),
-                                                   .dweight = {pointer(dweight), DType(weight_dtype)},
-                                                   .dbias = {pointer(dbias), DType(bias_dtype)}});
+  current_instruction_set()->layer_norm->backward(
+      {.dy = pointer(dy),
+       .x = pointer(x),
+       .dtype = DType(dtype),
+       .rows = rows,
+       .cols = cols,
+       .weight = {pointer(weight), DType(weight_dtype)},
+       .mean = pointer<float>(mean),
+       .rstd = pointer<float>(rstd),
+       .dx = pointer(dx),
+       .dweight = {pointer(dweight), DType(weight_dtype)},
+       .dbias = {pointer(dbias), DType(bias_dtype)}});
 }
 
 }  // namespace

@@ -210,7 +210,8 @@ def _report_speed(spec: Spec, seconds: float, with_compile: bool) -> None:
     print(
         f"\n{spec.op}: speed on this CPU, {torch.get_num_threads()} threads; medians of turns "
         "taken in one process.\nOnly the ratios carry over to another run.  GB/s count the least "
-        "bytes the op must move; `copy` is tensor.copy_() of the same size."
+        "bytes the op must move; `copy` is tensor.copy_() of the same size.\nFreed memory is kept "
+        "(mallopt), so that neither side pays page faults."
     )
     rows = []
     for case, dtype, direction in tqdm(

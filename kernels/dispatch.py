@@ -1,8 +1,8 @@
 """Which implementation of an op runs.  One rule, one file; every op uses it the same way.
 
 Each op is a folder with one module per backend, and a call goes to the first backend that accepts
-it, asked in the order of its device.  `use` or the environment variable KERNELS_BACKEND forces one: a call it cannot
-take is then an error that carries the reason, never another backend.
+it, asked in the order of its device.  `use` or the environment variable KERNELS_BACKEND forces one:
+a call it cannot take is then an error that carries the reason, never another backend.
 """
 
 from __future__ import annotations
@@ -127,49 +127,67 @@ def use(backend: str) -> Iterator[None]:
         _forced = previous
 
 
-def define(op: str, direction: str, schema: str) -> Callable[..., tuple[Any, ...]]:
-    """Register `torch.ops.kernels.<op>_<direction>` and return the function that runs it.
+@dataclass(frozen=True)
+class Operators:
+    """The registered ops `torch.ops.kernels.<op>_forward` and `_backward`, in a backend's place."""
 
-    The reference is the op's shape rule under fake tensors, so the two cannot drift apart.  Eager
-    calls on plain tensors go straight to the chosen backend; torch.compile, dispatch modes and
-    tensor subclasses see the registered op.  A backend returns None for an output that was not
-    asked for; the registered op, whose outputs must be tensors, returns an empty one.
+    forward: Callable[..., tuple[Any, ...]]
+    backward: Callable[..., tuple[Any, ...]]
 
-    A backward takes (dy, *the forward's tensors, *what it saved); backends are asked about the
-    forward's part.  Keywords, such as what the caller can do without, are hints that only a direct
-    call passes on.
+
+def define(op: str, forward: str, backward: str) -> Callable[..., Any]:
+    """Register `torch.ops.kernels.<op>_forward` and `_backward` with these schemas.
+
+    Returns `choose(*forward arguments)`: what runs a call and its backward, an object with
+    `forward` and `backward`.  That is the selected backend's module for plain tensors, and the
+    registered ops under torch.compile, dispatch modes and for tensor subclasses.
+
+    The reference is the ops' shape rule under fake tensors, so the two cannot drift apart.  A
+    backend returns None for an output that was not asked for; a registered op, whose outputs must
+    be tensors, returns an empty one.  A backward takes (dy, *the forward's tensors, *what it
+    saved); backends are asked about the forward's part.
     """
-    name = f"{op}_{direction}"
-    first_argument = 1 if direction == "backward" else 0
+    operators = Operators(
+        _register(op, "forward", forward, first_argument=0),
+        _register(op, "backward", backward, first_argument=1),
+    )
 
-    def run(*arguments: Any, **hints: bool) -> tuple[Any, ...]:
-        module = select(op, *arguments[first_argument:])
-        outputs: tuple[Any, ...] = getattr(module, direction)(*arguments, **hints)
-        return outputs
+    def choose(*arguments: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or not _PLAIN.issuperset(map(type, arguments))
+        ):
+            return operators
+        return select(op, *arguments)
+
+    return choose
+
+
+def _register(
+    op: str, direction: str, schema: str, first_argument: int
+) -> Callable[..., tuple[Any, ...]]:
+    name = f"{op}_{direction}"
 
     def as_tensors(outputs: tuple[Any, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(like.new_empty(0) if output is None else output for output in outputs)
 
-    def registered(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        return as_tensors(run(*arguments), arguments[0])
+    def run(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        module = select(op, *arguments[first_argument:])
+        return as_tensors(getattr(module, direction)(*arguments), arguments[0])
 
     def fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
         reference = importlib.import_module(f"kernels.{op}.reference")
         return as_tensors(getattr(reference, direction)(*arguments), arguments[0])
 
     _library.define(name + schema)
-    _library.impl(name, registered, "CompositeExplicitAutograd")
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kernels::{name}", fake, lib=_library)
     operator = getattr(torch.ops.kernels, name)
 
-    def call(*arguments: Any, **hints: bool) -> tuple[Any, ...]:
-        if torch.compiler.is_compiling() or not _is_plain(arguments):
-            dispatched: tuple[Any, ...] = operator(*arguments)
-            return dispatched
-        return run(*arguments, **hints)
+    def call(*arguments: Any, **_: bool) -> tuple[Any, ...]:
+        # Keywords say what the caller can do without; an op's outputs are always the same.
+        outputs: tuple[Any, ...] = operator(*arguments)
+        return outputs
 
     return call
-
-
-def _is_plain(arguments: tuple[Any, ...]) -> bool:
-    return not torch._C._len_torch_dispatch_stack() and _PLAIN.issuperset(map(type, arguments))

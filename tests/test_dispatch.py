@@ -57,13 +57,16 @@ def test_the_first_backend_that_accepts_runs(fake_backends):
     assert calls == ["cpu"]
 
 
-def test_order_of_backends(fake_backends):
-    for expected in dispatch.BACKENDS:
-        refusals = dict.fromkeys(dispatch.BACKENDS, None)
-        for name in dispatch.BACKENDS[: dispatch.BACKENDS.index(expected)]:
-            refusals[name] = "refused"
+@pytest.mark.parametrize(
+    ("on_cpu", "order"), [(True, dispatch.CPU_ORDER), (False, dispatch.BACKENDS)]
+)
+def test_order_of_backends(fake_backends, on_cpu, order):
+    assert sorted(order) == sorted(dispatch.BACKENDS)
+    x = types.SimpleNamespace(is_cpu=on_cpu)
+    for position, expected in enumerate(order):
+        refusals = dict.fromkeys(order, None) | dict.fromkeys(order[:position], "refused")
         calls = fake_backends(**refusals)
-        dispatch.select("layer_norm", X).forward(X)
+        dispatch.select("layer_norm", x).forward(x)
         assert calls == [expected]
 
 

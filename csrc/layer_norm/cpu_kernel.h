@@ -25,7 +25,8 @@ SIMD_INLINE void write(T* p, vf x, Tail t) {
 // Converts n values of T to float.
 template <class T>
 SIMD_INLINE void to_float(const T* from, float* to, int64_t n) {
-  for_each_vector(n, [&](int64_t i, auto lanes, int) { store(to + i, load(from + i, lanes), lanes); });
+  for_each_vector(n,
+                  [&](int64_t i, auto lanes, int) { store(to + i, load(from + i, lanes), lanes); });
 }
 
 // Statistics go over kRows rows at a time where there are as many: the long chains of dependent
@@ -71,12 +72,13 @@ SIMD_INLINE void row_deviations(const T* x, int64_t n, const float* estimate, De
   }
 }
 
-// y = (x - mean) * rstd * weight + bias.  U is T, or float where the row was widened.
+// y = (x - mean) * rstd * weight + bias.  U is T, or float where the row was widened.  `next` is
+// what will be read after this row.
 template <bool Stream, class U, class T>
 SIMD_INLINE void row_output(const U* x, int64_t n, float mean, float rstd, const float* weight,
                             const float* bias, T* y, const T* next) {
   for_each_vector(n, [&](int64_t i, auto lanes, int) {
-    __builtin_prefetch(next + i);
+    __builtin_prefetch(next + i);  // rows are too short for the hardware to run ahead
     const vf xhat = (load(x + i, lanes) - mean) * rstd;
     write<Stream>(y + i, xhat * load(weight + i, lanes) + load(bias + i, lanes), lanes);
   });
@@ -87,49 +89,33 @@ struct RowSums {
   float dxhat_xhat;  // sum of dxhat * xhat
 };
 
-// One sweep over dy and x [kRows, n]: the two sums that dx needs, and the rows' share of dweight
-// and dbias, which two rows at a time load and store half as often.
-// `dxhat` [kRows, n] is kept for row_dx: recomputed there it could be contracted into an FMA, and
-// then differ from what was summed, which a row of one column or of equal values would show.
-template <int kRows, bool WithSums, bool WithParameters, class T>
-SIMD_INLINE void row_gradient_sums(const T* dy, const T* x, int64_t n, const float* mean,
-                                   const float* rstd, const float* weight, float* dxhat,
-                                   float* dweight, float* dbias, RowSums* out) {
-  vf sum_dxhat[kRows] = {}, sum_dxhat_xhat[kRows] = {};
+// One sweep over dy and x: the two sums that dx needs, and this row's share of dweight and dbias.
+// `dxhat` [n] is kept for row_dx: recomputed there it could be contracted into an FMA, and then
+// differ from what was summed, which a row of one column or of equal values would show.
+template <bool WithSums, bool WithParameters, class T>
+SIMD_INLINE RowSums row_gradient_sums(const T* dy, const T* x, int64_t n, float mean, float rstd,
+                                      const float* weight, float* dxhat, float* dweight,
+                                      float* dbias) {
+  vf sum_dxhat{}, sum_dxhat_xhat{};
   for_each_vector(n, [&](int64_t i, auto lanes, int) {
-    vf dw, db, w;
+    const vf d = load(dy + i, lanes);  // 0 past the row, and so are all products
+    const vf xhat = (load(x + i, lanes) - mean) * rstd;
     if constexpr (WithParameters) {
-      dw = load(dweight + i, lanes);
-      db = load(dbias + i, lanes);
+      store(dweight + i, load(dweight + i, lanes) + d * xhat, lanes);
+      store(dbias + i, load(dbias + i, lanes) + d, lanes);
     }
-    if constexpr (WithSums) w = load(weight + i, lanes);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; r++) {
-      const vf d = load(dy + r * n + i, lanes);  // 0 past the row, and so are all products
-      const vf xhat = (load(x + r * n + i, lanes) - mean[r]) * rstd[r];
-      if constexpr (WithParameters) {
-        dw += d * xhat;
-        db += d;
-      }
-      if constexpr (WithSums) {
-        const vf g = d * w;
-        store(dxhat + r * n + i, g, lanes);
-        sum_dxhat[r] += g;
-        sum_dxhat_xhat[r] += g * xhat;
-      }
-    }
-    if constexpr (WithParameters) {
-      store(dweight + i, dw, lanes);
-      store(dbias + i, db, lanes);
+    if constexpr (WithSums) {
+      const vf g = d * load(weight + i, lanes);
+      store(dxhat + i, g, lanes);
+      sum_dxhat += g;
+      sum_dxhat_xhat += g * xhat;
     }
   });
-  if constexpr (WithSums) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; r++) out[r] = {sum(sum_dxhat[r]), sum(sum_dxhat_xhat[r])};
-  }
+  return WithSums ? RowSums{sum(sum_dxhat), sum(sum_dxhat_xhat)} : RowSums{};
 }
 
-// dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
+// dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)).  next_dy and next_x will be read
+// after this row.
 template <bool Stream, class T>
 SIMD_INLINE void row_dx(const float* dxhat, const T* x, int64_t n, float mean, float rstd,
                         float mean_dxhat, float mean_dxhat_xhat, T* dx, const T* next_dy,

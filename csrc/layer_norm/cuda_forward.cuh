@@ -55,12 +55,13 @@ __global__ void __launch_bounds__(forward_bounds(kItems, kVec).threads,
     forward_rows_kernel(ForwardArgs a) {
   extern __shared__ __align__(kVectorBytes) float tile[];
   __shared__ RowSumScratch<1> scratch;
+  __shared__ RowSumScratch<2> squares_scratch;
   constexpr int kChunks = kItems / kVec;
   const int cols = static_cast<int>(a.cols);
   const int own = owned_column<kVec>(0), stride = blockDim.x * kVec;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  int turn = 0;
+  int turn = 0, squares_turn = 0;
 
   Vec<T, kVec> x[kChunks];
   const auto load_chunk = [&](int chunk, int64_t of_row) {
@@ -81,21 +82,24 @@ __global__ void __launch_bounds__(forward_bounds(kItems, kVec).threads,
 #pragma unroll
     for (int i = 0; i < kItems; ++i) sum[0] += to_float(x[i / kVec].at[i % kVec]);
     row_sum(sum, scratch, turn);
-    const float mean = sum[0] / cols;
+    const float estimate = sum[0] / cols;
 
-    float squares[1] = {0.f};
+    float deviations[2] = {0.f, 0.f};  // their sum, which the estimate's rounding left, and squares
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       x[chunk].forget_conversions();
       if (own + chunk * stride >= cols) continue;
 #pragma unroll
       for (int v = 0; v < kVec; ++v) {
-        const float centred = to_float(x[chunk].at[v]) - mean;
-        squares[0] = fmaf(centred, centred, squares[0]);
+        const float centred = to_float(x[chunk].at[v]) - estimate;
+        deviations[0] += centred;
+        deviations[1] = fmaf(centred, centred, deviations[1]);
       }
     }
-    row_sum(squares, scratch, turn);
-    const float rstd = rsqrtf(squares[0] / cols + a.eps);
+    row_sum(deviations, squares_scratch, squares_turn);
+    const float shift = deviations[0] / cols;
+    const float mean = estimate + shift;
+    const float rstd = rsqrtf(fmaf(-shift, shift, deviations[1] / cols) + a.eps);
 
     if (row < a.rows && threadIdx.x == 0) {
       a.mean[row] = mean;
@@ -122,7 +126,9 @@ __global__ void __launch_bounds__(forward_bounds(kItems, kVec).threads,
 // to that mean) after Chan, Golub and LeVeque 1983; the threads are then merged by two sums.
 template <typename T, int kVec>
 __device__ __forceinline__ float2 long_row_statistics(const T* x, int64_t cols,
-                                                      RowSumScratch<1>& scratch, int& turn) {
+                                                      RowSumScratch<1>& scratch, int& turn,
+                                                      RowSumScratch<2>& squares_scratch,
+                                                      int& squares_turn) {
   constexpr int kChunks = kVec == 1 ? 8 : 16 / kVec;  // of one step
   constexpr int kItems = kChunks * kVec;
   float count = 0.f, mean = 0.f, squares = 0.f;
@@ -156,20 +162,23 @@ __device__ __forceinline__ float2 long_row_statistics(const T* x, int64_t cols,
   }
   float sum[1] = {mean * count};
   row_sum(sum, scratch, turn);
-  const float row_mean = sum[0] / cols;
-  float row_squares[1] = {squares + count * (mean - row_mean) * (mean - row_mean)};
-  row_sum(row_squares, scratch, turn);
-  return {row_mean, row_squares[0] / cols};
+  const float estimate = sum[0] / cols, distance = mean - estimate;
+  float deviations[2] = {count * distance, squares + count * distance * distance};
+  row_sum(deviations, squares_scratch, squares_turn);
+  const float shift = deviations[0] / cols;
+  return {estimate + shift, fmaf(-shift, shift, deviations[1] / cols)};
 }
 
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kLongThreads, kLongBlocks) forward_long_kernel(ForwardArgs a) {
   __shared__ RowSumScratch<1> scratch;
-  int turn = 0;
+  __shared__ RowSumScratch<2> squares_scratch;
+  int turn = 0, squares_turn = 0;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const T* x = static_cast<const T*>(a.x) + row * a.cols;
     T* y = static_cast<T*>(a.y) + row * a.cols;
-    const float2 statistics = long_row_statistics<T, kVec>(x, a.cols, scratch, turn);
+    const float2 statistics =
+        long_row_statistics<T, kVec>(x, a.cols, scratch, turn, squares_scratch, squares_turn);
     const float mean = statistics.x, rstd = rsqrtf(statistics.y + a.eps);
     if (threadIdx.x == 0) {
       a.mean[row] = mean;

@@ -12,6 +12,7 @@ from kernels import _native
 
 # The codes of csrc/common/cpu/dtype.h.
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CPU = torch.device("cpu")  # said outright: torch.device(...) as a context changes the default
 
 
 def unsupported(
@@ -53,7 +54,7 @@ def forward(
     mean_address = rstd_address = weight_address = bias_address = weight_code = bias_code = 0
     if statistics:
         rows_shape = x.shape[: x.dim() - len(normalized_shape)]
-        mean = x.new_empty(rows_shape, dtype=torch.float32)
+        mean = torch.empty(rows_shape, dtype=torch.float32, device=_CPU)
         rstd = torch.empty_like(mean)
         mean_address, rstd_address = mean.data_ptr(), rstd.data_ptr()
     if weight is not None:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from kernels.dispatch import define
@@ -16,22 +17,17 @@ from kernels.layer_norm import reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_forward = define(
+choose = define(
     "layer_norm",
-    "forward",
-    "(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps)"
+    forward="(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor y, Tensor mean, Tensor rstd)",
-)
-_backward = define(
-    "layer_norm",
-    "backward",
-    "(Tensor dy, Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, Tensor mean,"
-    " Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    backward="(Tensor dy, Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias,"
+    " Tensor mean, Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
 )
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """Backward runs the fused kernel, or, under create_graph, the reference's formula."""
+    """Backward runs the forward's backend, or, under create_graph, the reference's formula."""
 
     @staticmethod
     def forward(
@@ -42,25 +38,26 @@ class LayerNormFunction(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
     ) -> Tensor:
-        y, mean, rstd = _forward(x, normalized_shape, weight, bias, eps)
+        backend = choose(x, normalized_shape, weight, bias)
+        y, mean, rstd = backend.forward(x, normalized_shape, weight, bias, eps)
         ctx.save_for_backward(x, weight)
         # Of bias only the dtype is needed, and the statistics are no input or output: saving them
         # like x would cost a small call as much as its arithmetic.
-        ctx.rest = normalized_shape, bias, mean, rstd, eps
+        ctx.rest = backend, normalized_shape, bias, mean, rstd, eps
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        shape, bias, mean, rstd, eps = ctx.rest
+        backend, shape, bias, mean, rstd, eps = ctx.rest
         wanted = ctx.needs_input_grad
         mask = (wanted[0], wanted[2], wanted[3])
         if torch.is_grad_enabled():
             # create_graph: the statistics depend on x, so they take part in the second derivative.
-            mean, rstd = reference.statistics(x, shape, eps)
+            mean, rstd = reference.row_statistics(x, shape, eps)
             dx, dweight, dbias = reference.backward(dy, x, shape, weight, bias, mean, rstd, mask)
         else:
-            dx, dweight, dbias = _backward(dy, x, shape, weight, bias, mean, rstd, mask)
+            dx, dweight, dbias = backend.backward(dy, x, shape, weight, bias, mean, rstd, mask)
         return (
             dx if mask[0] else None,
             None,
@@ -68,6 +65,11 @@ class LayerNormFunction(torch.autograd.Function):
             dbias if mask[2] else None,
             None,
         )
+
+
+# Function.apply without its preparations for torch.func, under which PyTorch's op runs anyway: they
+# take longer than the checks below.
+_apply = super(torch.autograd.Function, LayerNormFunction).apply
 
 
 def layer_norm(
@@ -105,37 +107,27 @@ def layer_norm(
             layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps=eps
         )
     shape, eps = _check(input, normalized_shape, weight, bias, eps)
-    if _needs_torch():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        # A kernel on raw memory cannot take part in these transforms.
         return F.layer_norm(input, shape, weight, bias, eps)
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         with torch.autocast("cuda", enabled=False):
-            return _apply(_to_float32(input), shape, _to_float32(weight), _to_float32(bias), eps)
-    return _apply(input, shape, weight, bias, eps)
-
-
-def _apply(
-    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+            arguments = _to_float32(input), shape, _to_float32(weight), _to_float32(bias), eps
+            return layer_norm(*arguments)
     if torch.is_grad_enabled() and (
-        x.requires_grad
+        input.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        y: Tensor = LayerNormFunction.apply(x, shape, weight, bias, eps)
-    else:
-        y = _forward(x, shape, weight, bias, eps, statistics=False)[0]
-    return y
+        apply = LayerNormFunction.apply if torch.compiler.is_compiling() else _apply
+        y: Tensor = apply(input, shape, weight, bias, eps)
+        return y
+    backend = choose(input, shape, weight, bias)
+    return backend.forward(input, shape, weight, bias, eps, statistics=False)[0]
 
 
 def _to_float32(tensor: Any) -> Any:
     return tensor.float() if tensor is not None and tensor.dtype != torch.float64 else tensor
-
-
-def _needs_torch() -> bool:
-    """Whether a transform is active that a kernel on raw memory cannot take part in."""
-    return (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 def _check(
@@ -161,10 +153,22 @@ def _check(
         raise NotImplementedError(
             f"layer_norm: input is {input.dtype}; accepted are float32, bfloat16, float16, float64"
         )
-    if weight is not None:
-        _check_parameter("weight", weight, shape, input)
-    if bias is not None:
-        _check_parameter("bias", bias, shape, input)
+    # A parameter that is right costs no call: small inputs feel each of them.
+    on_cpu = input.is_cpu
+    if weight is not None and not (
+        isinstance(weight, Tensor)
+        and weight.shape == shape
+        and weight.dtype in _DTYPES
+        and ((on_cpu and weight.is_cpu) or weight.device == input.device)
+    ):
+        _raise_parameter("weight", weight, shape, input)
+    if bias is not None and not (
+        isinstance(bias, Tensor)
+        and bias.shape == shape
+        and bias.dtype in _DTYPES
+        and ((on_cpu and bias.is_cpu) or bias.device == input.device)
+    ):
+        _raise_parameter("bias", bias, shape, input)
     return shape, eps
 
 
@@ -200,7 +204,7 @@ def _raise_shape(input: Tensor, shape: tuple[int, ...]) -> NoReturn:
     )
 
 
-def _check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+def _raise_parameter(name: str, parameter: Any, shape: tuple[int, ...], input: Tensor) -> NoReturn:
     if not isinstance(parameter, Tensor):
         raise TypeError(
             f"layer_norm: {name} must be a Tensor or None, not {type(parameter).__name__}"
@@ -215,11 +219,10 @@ def _check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], input
             f"layer_norm: {name} is {parameter.dtype}; "
             "accepted are float32, bfloat16, float16, float64"
         )
-    if not (parameter.is_cpu and input.is_cpu) and parameter.device != input.device:
-        raise RuntimeError(
-            f"layer_norm: {name} is on {parameter.device}, but input is on {input.device}; "
-            "they must be on one device"
-        )
+    raise RuntimeError(
+        f"layer_norm: {name} is on {parameter.device}, but input is on {input.device}; "
+        "they must be on one device"
+    )
 
 
 class LayerNorm(nn.LayerNorm):

@@ -25,7 +25,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def statistics(x: Tensor, normalized_shape: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+def row_statistics(x: Tensor, normalized_shape: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
     """mean and rstd = 1 / sqrt(variance + eps) of every row, differentiable in x."""
     lead, dims = _split(x, normalized_shape)
     wide = _wide(x)
@@ -43,8 +43,8 @@ def forward(
     eps: float,
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = (x - mean) * rstd * weight + bias, with the statistics."""
-    mean, rstd = statistics(x, normalized_shape, eps)
+    """y = (x - mean) * rstd * weight + bias, and the statistics, wanted or not."""
+    mean, rstd = row_statistics(x, normalized_shape, eps)
     per_row = mean.shape + (1,) * len(normalized_shape)
     y = (_wide(x) - mean.reshape(per_row)) * rstd.reshape(per_row)
     if weight is not None:

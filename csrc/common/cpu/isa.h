@@ -61,8 +61,8 @@ inline void use_instruction_set(const std::string& name) {
     }
     available += std::string(available.empty() ? "" : ", ") + set.name;
   }
-  throw std::invalid_argument("instruction set '" + name + "' is not available here (available: " +
-                              available + ")");
+  throw std::invalid_argument("instruction set '" + name +
+                              "' is not available here (available: " + available + ")");
 }
 
 }  // namespace kernels

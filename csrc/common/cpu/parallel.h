@@ -23,6 +23,27 @@ SIMD_INLINE int threads_for(int64_t elements) {
 #endif
 }
 
+// Runs f() on each of `threads` threads; `omp for` loops inside f share their iterations. One
+// thread enters no parallel region: that alone would cost a microsecond. Not for use inside another
+// region, whose threads the loops would then be shared by.
+template <class F>
+SIMD_INLINE void on_threads(int threads, F f) {
+  if (threads == 1) return f();
+#pragma omp parallel num_threads(threads)
+  f();
+}
+
+// Runs f(item) for every item; with one thread also inside a parallel region.
+template <class F>
+SIMD_INLINE void parallel_for(int64_t items, int threads, F f) {
+  if (threads == 1) {
+    for (int64_t item = 0; item < items; item++) f(item);
+    return;
+  }
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t item = 0; item < items; item++) f(item);
+}
+
 // Float buffers of `length` each, aligned to cache lines, freed on leaving the scope.
 class Scratch {
  public:

@@ -197,12 +197,12 @@ SIMD_INLINE void stream_fence() {  // orders them before whatever other threads 
 // Sum of the lanes; halves are folded together, so the order is fixed.
 SIMD_INLINE float sum(vf x) {
 #if defined(__AVX512F__)
-  __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)x),
-                              _mm512_extractf32x8_ps((__m512)x, 1));
+  __m256 half =
+      _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
   __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 #elif defined(__AVX2__)
-  __m128 quarter = _mm_add_ps(_mm256_castps256_ps128((__m256)x),
-                              _mm256_extractf128_ps((__m256)x, 1));
+  __m128 quarter =
+      _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
 #else
   vf quarter = x;
 #endif
@@ -253,9 +253,7 @@ SIMD_INLINE vf zero_past(vf x, Tail t) { return zero_past(x, t.n); }
 
 struct Accumulator {  // one partial sum per unrolled slot
   vf slot[kUnroll] = {};
-  SIMD_INLINE float total(const Accumulator& a) {
-    return sum(a.slot[0] + a.slot[1]);
-  }
+  SIMD_INLINE float total(const Accumulator& a) { return sum(a.slot[0] + a.slot[1]); }
 };
 
 }  // namespace kernels::ISA
