@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import json
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,14 +77,11 @@ def _machine_rows() -> list[tuple[str, str]]:
 
 
 def _build_rows() -> list[tuple[str, str]]:
-    path = Path(__file__).with_name("_build_info.json")
-    if not path.is_file():
-        return [("built", f"no record ({path.name} is missing: the package was never built here)")]
     rows = []
-    for module, build in json.loads(path.read_text(encoding="utf-8")).items():
+    for module, build in _native.build_info().items():
         if build["built"]:
             targets = ", ".join(build["targets"])
             rows.append((f"built {module}", f"{build['compiler']}; {targets}; {build['flags']}"))
         else:
             rows.append((f"not built {module}", str(build["reason"])))
-    return rows
+    return rows or [("built", f"no record ({_native.BUILD_INFO.name} is missing)")]

@@ -7,14 +7,26 @@ are not there: a backend whose module is missing refuses calls with that reason.
 from __future__ import annotations
 
 import importlib
+import json
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_NOT_BUILT = {
-    "_cpu": "kernels._cpu is not built (needs a C++20 compiler; then `pip install -e .` again)",
-    "_cuda": "kernels._cuda is not built (needs nvcc; KERNELS_CUDA=1 makes `pip install` insist)",
-}
+BUILD_INFO = Path(__file__).with_name("_build_info.json")  # written by CMake and setup.py
+
+
+def build_info() -> dict[str, Any]:
+    """What was built, by module name; empty where nothing was ever built here."""
+    if not BUILD_INFO.is_file():
+        return {}
+    info: dict[str, Any] = json.loads(BUILD_INFO.read_text(encoding="utf-8"))
+    return info
+
+
+def _why_missing(name: str) -> str:
+    reason = build_info().get(name, {}).get("reason")
+    return f"kernels.{name} is not built ({reason or 'run `pip install -e .`'})"
 
 
 def load(name: str) -> ModuleType | str:
@@ -23,7 +35,7 @@ def load(name: str) -> ModuleType | str:
         return importlib.import_module(f"kernels.{name}")
     except ModuleNotFoundError as error:
         if error.name == f"kernels.{name}":
-            return _NOT_BUILT[name]
+            return _why_missing(name)
         return f"kernels.{name} cannot be imported ({error})"
     except ImportError as error:
         return f"kernels.{name} cannot be imported ({error})"

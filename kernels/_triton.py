@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -24,12 +25,17 @@ from triton.runtime.cache import get_cache_manager
 from kernels import _gpu
 
 WARPS_PER_MULTIPROCESSOR = 16  # one wave stays resident with up to 128 registers per thread
-# Before 3.7 it takes loop bounds out of arrays of one element, which NumPy 2.4 no longer allows.
-INTERPRETER_LOOPS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+# Before 3.7 the interpreter takes loop bounds out of arrays of one element, which NumPy forbids
+# since 2.4.
+INTERPRETER_LOOPS = VERSION >= (3, 7) or tuple(map(int, np.__version__.split(".")[:2])) < (2, 4)
 INTERPRETER_MULTIPROCESSORS = 4  # few, so that small tests walk the persistent loops
 # Contracted, `a * a + shuffle(b * b)` rounds differently in each lane, and lanes that must agree on
 # a row's sum do not: which of them is stored would be chance.  Triton 3.9 changes the default.
 LAUNCH = {"enable_fp_fusion": False}
+# Addresses of single elements take registers too: the longest row that is held is this many times
+# shorter.  Triton 3.8 needs more of them, and would spill 48 bytes of 8191 float32 columns.
+WITHOUT_VECTORS = 4 if VERSION == (3, 8) else 2
 MAX_THREADS = 1024  # of one program
 VECTOR = 4  # elements from which on a row counts as loaded by vectors
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,7 +65,7 @@ def unsupported(kernel: Any, x: torch.Tensor, *others: torch.Tensor | None) -> s
     if x.device.type != "cpu":
         return f"Triton's interpreter is on (TRITON_INTERPRET=1) and input is on {x.device.type}"
     if not INTERPRETER_LOOPS:
-        return f"the interpreter of Triton {triton.__version__} is not supported, 3.7 is"
+        return f"the interpreter of Triton {triton.__version__} needs NumPy before 2.4"
     for tensor in (x, *others):
         if tensor is not None and tensor.dtype == torch.bfloat16:
             return "Triton's interpreter rounds bfloat16 wrongly"
@@ -114,8 +120,8 @@ def tile(
 
 
 def resident(limit: int, cols: int, vec: int) -> bool:
-    """Whether rows fit the registers: up to `limit` columns, half of it without vectors."""
-    return cols <= (limit if vec >= VECTOR else limit // 2)
+    """Whether rows fit the registers: up to `limit` columns, a share of it without vectors."""
+    return cols <= (limit if vec >= VECTOR else limit // WITHOUT_VECTORS)
 
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
