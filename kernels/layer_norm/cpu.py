@@ -53,8 +53,10 @@ def forward(
     mean = rstd = None
     mean_address = rstd_address = weight_address = bias_address = weight_code = bias_code = 0
     if statistics:
-        rows_shape = x.shape[: x.dim() - len(normalized_shape)]
-        mean = torch.empty(rows_shape, dtype=torch.float32, device=_CPU)
+        leading = x.dim() - len(normalized_shape)
+        # One dimension as an int: a shape takes 2 µs longer to parse.
+        size = x.shape[0] if leading == 1 else x.shape[:leading]
+        mean = torch.empty(size, dtype=torch.float32, device=_CPU)
         rstd = torch.empty_like(mean)
         mean_address, rstd_address = mean.data_ptr(), rstd.data_ptr()
     if weight is not None:

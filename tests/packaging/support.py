@@ -74,8 +74,8 @@ def copy_project(destination: Path, native: bool = True) -> Path:
     names = ["pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"]
     folders = ["kernels"]
     if native:
-        names += ["setup.py", "CMakeLists.txt", "constraints.txt"]
-        folders += ["csrc", "tests"]
+        names += ["setup.py", "CMakeLists.txt", "constraints.txt", "bootstrap.sh", "Makefile"]
+        folders += ["csrc", "tests", "bench"]
     for folder in folders:
         shutil.copytree(ROOT / folder, destination / folder, ignore=unwanted)
     for name in names:

@@ -72,6 +72,9 @@ def test_plain_install_without_pins(tmp_path: Path) -> None:
     start = time.perf_counter()
     python(["-m", "pytest", "tests", "-q", "-n", "2"], cwd=project, interpreter=interpreter)
     tested = time.perf_counter() - start
+    python(
+        ["-m", "pytest", "bench", "--benchmark-only", "-q"], cwd=project, interpreter=interpreter
+    )
     print(f"torch {version}: {seconds:.0f} processor seconds to install, tests {tested:.0f} s")
 
 

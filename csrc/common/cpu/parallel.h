@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -49,7 +50,7 @@ class Scratch {
  public:
   Scratch(int64_t count, int64_t length) : stride_((length + 15) / 16 * 16) {
     data_ = static_cast<float*>(aligned_alloc(64, size_t(count * stride_ + 16) * sizeof(float)));
-    if (!data_) abort();  // inside a parallel region nothing can be thrown
+    if (!data_) throw std::bad_alloc();  // MemoryError; inside a parallel region it terminates
   }
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;
