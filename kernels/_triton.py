@@ -33,9 +33,10 @@ INTERPRETER_MULTIPROCESSORS = 4  # few, so that small tests walk the persistent 
 # Contracted, `a * a + shuffle(b * b)` rounds differently in each lane, and lanes that must agree on
 # a row's sum do not: which of them is stored would be chance.  Triton 3.9 changes the default.
 LAUNCH = {"enable_fp_fusion": False}
-# Addresses of single elements take registers too: the longest row that is held is this many times
-# shorter.  Triton 3.8 needs more of them, and would spill 48 bytes of 8191 float32 columns.
-WITHOUT_VECTORS = 4 if VERSION == (3, 8) else 2
+# The longest row that is held, divided by this, with vectors and without: addresses of single
+# elements take registers too.  Triton 3.5 and 3.8 need more of them and would spill.
+_SHARES: dict[tuple[int, ...], tuple[int, int]] = {(3, 5): (2, 4), (3, 8): (1, 4)}
+WITH_VECTORS, WITHOUT_VECTORS = _SHARES.get(VERSION, (1, 2))
 MAX_THREADS = 1024  # of one program
 VECTOR = 4  # elements from which on a row counts as loaded by vectors
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -120,8 +121,8 @@ def tile(
 
 
 def resident(limit: int, cols: int, vec: int) -> bool:
-    """Whether rows fit the registers: up to `limit` columns, a share of it without vectors."""
-    return cols <= (limit if vec >= VECTOR else limit // WITHOUT_VECTORS)
+    """Whether rows fit the registers: up to `limit` columns or, by Triton's version, a share."""
+    return cols <= limit // (WITH_VECTORS if vec >= VECTOR else WITHOUT_VECTORS)
 
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

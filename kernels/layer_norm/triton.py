@@ -79,8 +79,9 @@ def _forward_kernel(
         xc = tl.where(mask, x - mean[:, None], 0.0)  # lanes past cols must not enter the variance
         shift = tl.sum(xc, 1) / cols  # what rounding took from the mean: README, forward
         mean += shift
-        rstd = tl.rsqrt(tl.sum(xc * xc, 1) / cols - shift * shift + eps)
-        y = (xc - shift[:, None]) * rstd[:, None]
+        xc = tl.where(mask, xc - shift[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(xc * xc, 1) / cols + eps)
+        y = xc * rstd[:, None]
         if HAS_WEIGHT:
             y *= weight
         if HAS_BIAS:
