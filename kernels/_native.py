@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 BUILD_INFO = Path(__file__).with_name("_build_info.json")  # written by CMake and setup.py
 
 
@@ -49,6 +51,15 @@ def _force_instruction_set(module: Any) -> None:
         module.use_instruction_set(name)
     except ValueError as error:
         raise ValueError(f"KERNELS_CPU_ISA: {error}") from None
+
+
+# The codes of csrc/common/cpu/dtype.h and csrc/common/cuda/dtype.cuh.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def dtype_refusal(name: str, tensor: torch.Tensor) -> str:
+    """Why a native kernel does not take the argument `name`, whose dtype has no code."""
+    return f"{name} is {tensor.dtype}; accepted are float32, bfloat16 and float16"
 
 
 cpu: Any = load("_cpu")

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels import _native
+from kernels._native import DTYPE_CODES, dtype_refusal
 
-# The codes of csrc/common/cpu/dtype.h.
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CPU = torch.device("cpu")  # said outright: torch.device(...) as a context changes the default
 
 
@@ -26,17 +25,13 @@ def unsupported(
         return _native.cpu
     if not x.is_cpu:
         return f"input is on {x.device.type}, not on the CPU"
-    if x.dtype not in _CODES:
-        return _dtype_refusal("input", x)
-    if weight is not None and weight.dtype not in _CODES:
-        return _dtype_refusal("weight", weight)
-    if bias is not None and bias.dtype not in _CODES:
-        return _dtype_refusal("bias", bias)
+    if x.dtype not in DTYPE_CODES:
+        return dtype_refusal("input", x)
+    if weight is not None and weight.dtype not in DTYPE_CODES:
+        return dtype_refusal("weight", weight)
+    if bias is not None and bias.dtype not in DTYPE_CODES:
+        return dtype_refusal("bias", bias)
     return None
-
-
-def _dtype_refusal(name: str, tensor: Tensor) -> str:
-    return f"{name} is {tensor.dtype}; accepted are float32, bfloat16 and float16"
 
 
 def forward(
@@ -61,14 +56,14 @@ def forward(
         mean_address, rstd_address = mean.data_ptr(), rstd.data_ptr()
     if weight is not None:
         weight = weight.contiguous()
-        weight_address, weight_code = weight.data_ptr(), _CODES[weight.dtype]
+        weight_address, weight_code = weight.data_ptr(), DTYPE_CODES[weight.dtype]
     if bias is not None:
         bias = bias.contiguous()
-        bias_address, bias_code = bias.data_ptr(), _CODES[bias.dtype]
+        bias_address, bias_code = bias.data_ptr(), DTYPE_CODES[bias.dtype]
     if elements:
         _native.cpu.layer_norm_forward(
             x.data_ptr(),
-            _CODES[x.dtype],
+            DTYPE_CODES[x.dtype],
             elements // cols,
             cols,
             weight_address,
@@ -100,18 +95,18 @@ def backward(
     dweight = dbias = None
     if weight is not None:
         weight = weight.contiguous()
-        weight_address, weight_code = weight.data_ptr(), _CODES[weight.dtype]
+        weight_address, weight_code = weight.data_ptr(), DTYPE_CODES[weight.dtype]
         if output_mask[1]:
             dweight = new(weight)
     if output_mask[2] and bias is not None:
         dbias = new(bias, memory_format=torch.contiguous_format)
-        bias_code = _CODES[bias.dtype]
+        bias_code = DTYPE_CODES[bias.dtype]
     elements, cols = x.numel(), math.prod(normalized_shape)
     if elements:
         _native.cpu.layer_norm_backward(
             dy.data_ptr(),
             x.data_ptr(),
-            _CODES[x.dtype],
+            DTYPE_CODES[x.dtype],
             elements // cols,
             cols,
             weight_address,

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import _gpu, _native
-
-# The codes of csrc/common/cuda/dtype.cuh.
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from kernels._native import DTYPE_CODES, dtype_refusal
 
 
 def unsupported(
@@ -27,8 +25,8 @@ def unsupported(
     if reason is not None:
         return reason
     for name, tensor in (("input", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in _CODES:
-            return f"{name} is {tensor.dtype}; accepted are float32, bfloat16 and float16"
+        if tensor is not None and tensor.dtype not in DTYPE_CODES:
+            return dtype_refusal(name, tensor)
     return None
 
 
@@ -37,7 +35,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _code(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else _CODES[tensor.dtype]
+    return 0 if tensor is None else DTYPE_CODES[tensor.dtype]
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -72,7 +70,7 @@ def forward(
         mean.numel(),
         math.prod(normalized_shape),
         eps,
-        _CODES[x.dtype],
+        DTYPE_CODES[x.dtype],
         _code(weight),
         _code(bias),
         _gpu.multiprocessors(x),
@@ -127,7 +125,7 @@ def backward(
         _address(partials),
         rows,
         cols,
-        _CODES[x.dtype],
+        DTYPE_CODES[x.dtype],
         _code(weight),
         _code(bias),
         multiprocessors,

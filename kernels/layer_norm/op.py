@@ -155,20 +155,14 @@ def _check(
         )
     # A parameter that is right costs no call: small inputs feel each of them.
     on_cpu = input.is_cpu
-    if weight is not None and not (
-        isinstance(weight, Tensor)
-        and weight.shape == shape
-        and weight.dtype in _DTYPES
-        and ((on_cpu and weight.is_cpu) or weight.device == input.device)
-    ):
-        _raise_parameter("weight", weight, shape, input)
-    if bias is not None and not (
-        isinstance(bias, Tensor)
-        and bias.shape == shape
-        and bias.dtype in _DTYPES
-        and ((on_cpu and bias.is_cpu) or bias.device == input.device)
-    ):
-        _raise_parameter("bias", bias, shape, input)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and not (
+            isinstance(parameter, Tensor)
+            and parameter.shape == shape
+            and parameter.dtype in _DTYPES
+            and ((on_cpu and parameter.is_cpu) or parameter.device == input.device)
+        ):
+            _raise_parameter(name, parameter, shape, input)
     return shape, eps
 
 

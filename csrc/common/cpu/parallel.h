@@ -16,12 +16,12 @@ namespace kernels::ISA {
 constexpr int64_t kElementsPerThread = 8192;
 
 // Threads worth using; torch.set_num_threads is the upper limit, for torch shares the OpenMP pool.
-SIMD_INLINE int threads_for(int64_t elements) {
+SIMD_INLINE int threads_for([[maybe_unused]] int64_t elements) {
 #ifdef _OPENMP
   const int64_t useful = elements / kElementsPerThread, limit = omp_get_max_threads();
   return int(useful < 1 ? 1 : useful < limit ? useful : limit);
 #else
-  return elements < 0 ? 0 : 1;
+  return 1;
 #endif
 }
 
