@@ -1,23 +1,18 @@
 // The Python module `kernels._cpu`: every native CPU entry point.
 //
-// Tensors arrive as addresses and sizes, already checked by kernels/<op>/cpu.py; no torch header is
-// needed, so one binary serves every torch version.
+// Tensors arrive checked and contiguous from kernels/<op>/cpu.py; None stands for an absent one.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <vector>
 
 #include "common/cpu/isa.h"
+#include "common/cpu/python.h"
 
 namespace py = pybind11;
 
 namespace kernels {
 namespace {
-
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
@@ -27,47 +22,72 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-void layer_norm_forward(uintptr_t x, int dtype, int64_t rows, int64_t cols, uintptr_t weight,
-                        int weight_dtype, uintptr_t bias, int bias_dtype, float eps, uintptr_t y,
-                        uintptr_t mean, uintptr_t rstd) {
-  current_instruction_set()->layer_norm->forward({.x = pointer(x),
-                                                  .dtype = DType(dtype),
+// statistics: float32 [2 * rows], every row's mean and then every row's rstd.
+void layer_norm_forward(Tensor x, int64_t rows, int64_t cols, Tensor weight, Tensor bias, float eps,
+                        Memory y, Memory statistics) {
+  float* mean = static_cast<float*>(statistics.data);
+  const WithoutGil others_run;
+  current_instruction_set()->layer_norm->forward({.x = x.data,
+                                                  .dtype = x.dtype,
                                                   .rows = rows,
                                                   .cols = cols,
-                                                  .weight = {pointer(weight), DType(weight_dtype)},
-                                                  .bias = {pointer(bias), DType(bias_dtype)},
+                                                  .weight = {weight.data, weight.dtype},
+                                                  .bias = {bias.data, bias.dtype},
                                                   .eps = eps,
-                                                  .y = pointer(y),
-                                                  .mean = pointer<float>(mean),
-                                                  .rstd = pointer<float>(rstd)});
+                                                  .y = y.data,
+                                                  .mean = mean,
+                                                  .rstd = mean ? mean + rows : nullptr});
 }
 
-void layer_norm_backward(uintptr_t dy, uintptr_t x, int dtype, int64_t rows, int64_t cols,
-                         uintptr_t weight, int weight_dtype, uintptr_t mean, uintptr_t rstd,
-                         uintptr_t dx, uintptr_t dweight, uintptr_t dbias, int bias_dtype) {
-  current_instruction_set()->layer_norm->backward(
-      {.dy = pointer(dy),
-       .x = pointer(x),
-       .dtype = DType(dtype),
-       .rows = rows,
-       .cols = cols,
-       .weight = {pointer(weight), DType(weight_dtype)},
-       .mean = pointer<float>(mean),
-       .rstd = pointer<float>(rstd),
-       .dx = pointer(dx),
-       .dweight = {pointer(dweight), DType(weight_dtype)},
-       .dbias = {pointer(dbias), DType(bias_dtype)}});
+void layer_norm_backward(Memory dy, Tensor x, int64_t rows, int64_t cols, Tensor weight,
+                         Memory statistics, Memory dx, Tensor dweight, Tensor dbias) {
+  const float* mean = static_cast<const float*>(statistics.data);
+  const WithoutGil others_run;
+  current_instruction_set()->layer_norm->backward({.dy = dy.data,
+                                                   .x = x.data,
+                                                   .dtype = x.dtype,
+                                                   .rows = rows,
+                                                   .cols = cols,
+                                                   .weight = {weight.data, weight.dtype},
+                                                   .mean = mean,
+                                                   .rstd = mean + rows,
+                                                   .dx = dx.data,
+                                                   .dweight = {dweight.data, dweight.dtype},
+                                                   .dbias = {dbias.data, dbias.dtype}});
 }
+
+// Whether a call is one of the common ones that pass every check of kernels/layer_norm/op.py and
+// that these kernels take.  Asked attribute by attribute in Python that costs a small call as much
+// as its arithmetic; here a quarter.  Anything unusual is false, and is checked there.
+bool layer_norm_takes(PyObject* input, PyObject* normalized_shape, PyObject* weight, PyObject* bias,
+                      PyObject* eps) {
+  const Torch& torch = Torch::get();
+  if (!PyFloat_CheckExact(eps) || !is_shape(normalized_shape) || !torch.is_plain(input) ||
+      !torch.ends_in(input, normalized_shape, PY_SSIZE_T_MAX)) {
+    return false;
+  }
+  for (PyObject* parameter : {weight, bias}) {
+    if (parameter != Py_None &&
+        !(torch.is_plain(parameter) && torch.ends_in(parameter, normalized_shape, 0))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+#define ENTRY_POINT(name) entry_point<name>(#name, name)
+PyMethodDef entry_points[] = {ENTRY_POINT(layer_norm_forward),
+                              ENTRY_POINT(layer_norm_backward),
+                              ENTRY_POINT(layer_norm_takes),
+                              {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 }  // namespace kernels
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace kernels;
-  const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("instruction_sets", &instruction_sets, "Those this machine runs, best first.");
   m.def("instruction_set", [] { return current_instruction_set()->name; });
   m.def("use_instruction_set", &use_instruction_set);  // ValueError names the available ones
-  m.def("layer_norm_forward", &layer_norm_forward, no_gil);
-  m.def("layer_norm_backward", &layer_norm_backward, no_gil);
+  if (PyModule_AddFunctions(m.ptr(), entry_points)) throw py::error_already_set();
 }

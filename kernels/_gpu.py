@@ -17,6 +17,8 @@ class StandIn(Protocol):
 
     multiprocessors: int
 
+    def address(self, tensor: torch.Tensor) -> int: ...
+
 
 stand_in: StandIn | None = None
 
@@ -50,3 +52,10 @@ def stream(x: torch.Tensor) -> int:
 def device_index(x: torch.Tensor) -> int:
     """The CUDA device number a native launch must select; 0 on a stand-in."""
     return 0 if stand_in is not None else x.device.index
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a kernel finds the first element of `tensor`; 0 for None."""
+    if tensor is None:
+        return 0
+    return tensor.data_ptr() if stand_in is None else stand_in.address(tensor)

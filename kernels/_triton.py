@@ -229,6 +229,9 @@ class _Device:
     warp_size: int
     multiprocessors: int = 1
 
+    def address(self, tensor: torch.Tensor) -> int:
+        return tensor.data_ptr()  # nothing runs, so nothing looks there
+
 
 @contextlib.contextmanager
 def compile_only(target: str) -> Iterator[list[Compiled]]:

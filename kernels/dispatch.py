@@ -127,6 +127,17 @@ def use(backend: str) -> Iterator[None]:
         _forced = previous
 
 
+def offered_to_cpu_first(op: str) -> ModuleType | None:
+    """The `cpu` backend's module where a call on plain CPU tensors is offered to it first.
+
+    For a caller that knows the backend to accept: it need not ask `choose`.
+    """
+    if _forced in (None, "cpu") and not torch._C._len_torch_dispatch_stack():
+        module = load(op, "cpu")
+        return None if isinstance(module, str) else module
+    return None
+
+
 @dataclass(frozen=True)
 class Operators:
     """The registered ops `torch.ops.kernels.<op>_forward` and `_backward`, in a backend's place."""
@@ -152,12 +163,11 @@ def define(op: str, forward: str, backward: str) -> Callable[..., Any]:
         _register(op, "backward", backward, first_argument=1),
     )
 
+    compiling, modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+    all_plain = _PLAIN.issuperset
+
     def choose(*arguments: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or not _PLAIN.issuperset(map(type, arguments))
-        ):
+        if compiling() or modes() or not all_plain(map(type, arguments)):
             return operators
         return select(op, *arguments)
 

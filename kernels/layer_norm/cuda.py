@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import _gpu, _native
+from kernels._gpu import address
 from kernels._native import DTYPE_CODES, dtype_refusal
 
 
@@ -30,10 +31,6 @@ def unsupported(
     return None
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _code(tensor: Tensor | None) -> int:
     return 0 if tensor is None else DTYPE_CODES[tensor.dtype]
 
@@ -53,21 +50,21 @@ def forward(
     bias: Tensor | None,
     eps: float,
     statistics: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y in the shape and dtype of x; mean and rstd in float32, of the leading shape of x."""
+) -> tuple[Tensor, Tensor]:
+    """y in the shape and dtype of x; float32 [2 * rows]: the rows' means, then their rstds."""
     x, weight, bias = x.contiguous(), _contiguous(weight), _contiguous(bias)
-    leading = x.shape[: x.dim() - len(normalized_shape)]
+    rows = math.prod(x.shape[: x.dim() - len(normalized_shape)])
     y = _new(x)
-    mean = torch.empty(leading, dtype=torch.float32, device=x.device)
-    rstd = torch.empty(leading, dtype=torch.float32, device=x.device)
+    kept = torch.empty(2 * rows, dtype=torch.float32, device=x.device)
+    mean = address(kept)
     _native.cuda.layer_norm_forward(
-        x.data_ptr(),
-        _address(weight),
-        _address(bias),
-        y.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        mean.numel(),
+        address(x),
+        address(weight),
+        address(bias),
+        address(y),
+        mean,
+        mean + rows * kept.element_size(),
+        rows,
         math.prod(normalized_shape),
         eps,
         DTYPE_CODES[x.dtype],
@@ -77,7 +74,7 @@ def forward(
         _gpu.device_index(x),
         _gpu.stream(x),
     )
-    return y, mean, rstd
+    return y, kept
 
 
 def backward(
@@ -86,12 +83,11 @@ def backward(
     normalized_shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight and dbias in the dtypes of x, weight and bias; None where not asked for."""
-    rows, cols = mean.numel(), math.prod(normalized_shape)
+    rows, cols = statistics.numel() // 2, math.prod(normalized_shape)
     dx = _new(x) if output_mask[0] else None
     dweight = _new(weight) if output_mask[1] and weight is not None else None
     dbias = _new(bias) if output_mask[2] and bias is not None else None
@@ -101,7 +97,7 @@ def backward(
                 gradient.zero_()
         return dx, dweight, dbias
 
-    dy, x, mean, rstd = dy.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous()
+    dy, x = dy.contiguous(), x.contiguous()
     multiprocessors = _gpu.multiprocessors(x)
     weight = _contiguous(weight)
     gradients = (dweight is not None) + (dbias is not None)
@@ -113,16 +109,17 @@ def backward(
         if count > 1:  # fp32 sums of parts of the rows; a single part is the result
             shape = (gradients, count, cols)
             partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+    mean = address(statistics)
     _native.cuda.layer_norm_backward(
-        dy.data_ptr(),
-        x.data_ptr(),
-        _address(weight),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        _address(dx),
-        _address(dweight),
-        _address(dbias),
-        _address(partials),
+        address(dy),
+        address(x),
+        address(weight),
+        mean,
+        mean + rows * statistics.element_size(),
+        address(dx),
+        address(dweight),
+        address(dbias),
+        address(partials),
         rows,
         cols,
         DTYPE_CODES[x.dtype],

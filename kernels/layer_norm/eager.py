@@ -37,7 +37,7 @@ def forward(
     bias: Tensor | None,
     eps: float,
     statistics: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     if _is_short_on_cpu(x):
         dtype, parameter_dtype = x.dtype, torch.float32
         if weight is None:
@@ -47,8 +47,7 @@ def forward(
     y, mean, rstd = torch.native_layer_norm(
         x.to(dtype), normalized_shape, _to(weight, parameter_dtype), _to(bias, parameter_dtype), eps
     )
-    lead = x.shape[: x.dim() - len(normalized_shape)]
-    return y.to(x.dtype).contiguous(), mean.reshape(lead), rstd.reshape(lead)
+    return y.to(x.dtype).contiguous(), torch.cat((mean.flatten(), rstd.flatten()))
 
 
 def backward(
@@ -57,8 +56,7 @@ def backward(
     normalized_shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     mask = [
@@ -67,13 +65,14 @@ def backward(
         output_mask[2] and bias is not None,
     ]
     dtype = torch.float32 if _is_short_on_cpu(x) else _common_dtype(x, weight, bias)
-    per_row = x.shape[: x.dim() - len(normalized_shape)] + (1,) * len(normalized_shape)
+    lead = x.shape[: x.dim() - len(normalized_shape)]
+    mean, rstd = statistics.reshape(2, *lead, *(1,) * len(normalized_shape))
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy.to(dtype),
         x.to(dtype),
         normalized_shape,
-        mean.reshape(per_row),
-        rstd.reshape(per_row),
+        mean,
+        rstd,
         _to(weight, dtype),
         _to(bias, dtype),
         mask,

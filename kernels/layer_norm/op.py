@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from kernels.dispatch import define
+from kernels import _native
+from kernels.dispatch import define, offered_to_cpu_first
 from kernels.layer_norm import reference
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 choose = define(
     "layer_norm",
     forward="(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps)"
-    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    " -> (Tensor y, Tensor statistics)",
     backward="(Tensor dy, Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias,"
-    " Tensor mean, Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    " Tensor statistics, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
 )
 
 
@@ -32,37 +33,39 @@ class LayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: Any,  # None: to be chosen
         x: Tensor,
         normalized_shape: tuple[int, ...],
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
     ) -> Tensor:
-        backend = choose(x, normalized_shape, weight, bias)
-        y, mean, rstd = backend.forward(x, normalized_shape, weight, bias, eps)
+        if backend is None:
+            backend = choose(x, normalized_shape, weight, bias)
+        y, statistics = backend.forward(x, normalized_shape, weight, bias, eps)
         ctx.save_for_backward(x, weight)
         # Of bias only the dtype is needed, and the statistics are no input or output: saving them
         # like x would cost a small call as much as its arithmetic.
-        ctx.rest = backend, normalized_shape, bias, mean, rstd, eps
+        ctx.rest = backend, normalized_shape, bias, statistics, eps
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        backend, shape, bias, mean, rstd, eps = ctx.rest
-        wanted = ctx.needs_input_grad
-        mask = (wanted[0], wanted[2], wanted[3])
+        backend, shape, bias, statistics, eps = ctx.rest
+        _, with_dx, _, with_dweight, with_dbias, _ = ctx.needs_input_grad
+        mask = (with_dx, with_dweight, with_dbias)
         if torch.is_grad_enabled():
             # create_graph: the statistics depend on x, so they take part in the second derivative.
-            mean, rstd = reference.row_statistics(x, shape, eps)
-            dx, dweight, dbias = reference.backward(dy, x, shape, weight, bias, mean, rstd, mask)
-        else:
-            dx, dweight, dbias = backend.backward(dy, x, shape, weight, bias, mean, rstd, mask)
+            statistics = reference.row_statistics(x, shape, eps)
+            backend = reference
+        dx, dweight, dbias = backend.backward(dy, x, shape, weight, bias, statistics, mask)
         return (
-            dx if mask[0] else None,
             None,
-            dweight if mask[1] else None,
-            dbias if mask[2] else None,
+            dx if with_dx else None,
+            None,
+            dweight if with_dweight else None,
+            dbias if with_dbias else None,
             None,
         )
 
@@ -70,6 +73,18 @@ class LayerNormFunction(torch.autograd.Function):
 # Function.apply without its preparations for torch.func, under which PyTorch's op runs anyway: they
 # take longer than the checks below.
 _apply = super(torch.autograd.Function, LayerNormFunction).apply
+# What autograd calls, without looking up which function is the backward in two calls more.
+_backward_node: Any = LayerNormFunction._backward_cls
+_backward_node.apply = LayerNormFunction.backward
+
+
+def _takes_nothing(*_: object) -> bool:
+    return False
+
+
+# Whether a call passes `_check` and suits the C++ kernels, answered in C++: most calls do, and
+# small ones feel every attribute that Python asks for.
+_takes = _takes_nothing if isinstance(_native.cpu, str) else _native.cpu.layer_norm_takes
 
 
 def layer_norm(
@@ -106,7 +121,13 @@ def layer_norm(
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps=eps
         )
-    shape, eps = _check(input, normalized_shape, weight, bias, eps)
+    compiling = torch.compiler.is_compiling()
+    backend = None
+    if not compiling and _takes(input, normalized_shape, weight, bias, eps):
+        shape: tuple[int, ...] = normalized_shape  # type: ignore[assignment]
+        backend = offered_to_cpu_first("layer_norm")
+    else:
+        shape, eps = _check(input, normalized_shape, weight, bias, eps)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         # A kernel on raw memory cannot take part in these transforms.
         return F.layer_norm(input, shape, weight, bias, eps)
@@ -119,10 +140,11 @@ def layer_norm(
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        apply = LayerNormFunction.apply if torch.compiler.is_compiling() else _apply
-        y: Tensor = apply(input, shape, weight, bias, eps)
+        apply = LayerNormFunction.apply if compiling else _apply
+        y: Tensor = apply(backend, input, shape, weight, bias, eps)
         return y
-    backend = choose(input, shape, weight, bias)
+    if backend is None:
+        backend = choose(input, shape, weight, bias)
     return backend.forward(input, shape, weight, bias, eps, statistics=False)[0]
 
 
@@ -145,7 +167,7 @@ def _check(
     shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
     for size in shape:
         if type(size) is not int:
-            shape = _as_tuple(normalized_shape)
+            shape = _as_tuple(shape)
             break
     if not shape or input.shape[-len(shape) :] != shape:
         _raise_shape(input, shape)
@@ -155,14 +177,14 @@ def _check(
         )
     # A parameter that is right costs no call: small inputs feel each of them.
     on_cpu = input.is_cpu
-    for name, parameter in (("weight", weight), ("bias", bias)):
+    for parameter in (weight, bias):
         if parameter is not None and not (
             isinstance(parameter, Tensor)
             and parameter.shape == shape
             and parameter.dtype in _DTYPES
             and ((on_cpu and parameter.is_cpu) or parameter.device == input.device)
         ):
-            _raise_parameter(name, parameter, shape, input)
+            _raise_parameter("weight" if parameter is weight else "bias", parameter, shape, input)
     return shape, eps
 
 

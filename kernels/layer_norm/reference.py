@@ -25,14 +25,23 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def row_statistics(x: Tensor, normalized_shape: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
-    """mean and rstd = 1 / sqrt(variance + eps) of every row, differentiable in x."""
-    lead, dims = _split(x, normalized_shape)
+def row_statistics(x: Tensor, normalized_shape: Sequence[int], eps: float) -> Tensor:
+    """[2 * rows]: every row's mean, then every row's rstd = 1 / sqrt(variance + eps).
+
+    Differentiable in x.
+    """
+    _, dims = _split(x, normalized_shape)
     wide = _wide(x)
     mean = wide.mean(dims, keepdim=True)
     mean = mean + (wide - mean).mean(dims, keepdim=True)  # takes out the first sum's rounding
     variance = (wide - mean).square().mean(dims)
-    return mean.reshape(lead), torch.rsqrt(variance + eps)
+    return torch.cat((mean.flatten(), torch.rsqrt(variance + eps).flatten()))
+
+
+def _per_row(statistics: Tensor, lead: tuple[int, ...], rank: int) -> tuple[Tensor, Tensor]:
+    """mean and rstd in a shape that broadcasts against x."""
+    mean, rstd = statistics.reshape(2, *lead, *(1,) * rank)
+    return mean, rstd
 
 
 def forward(
@@ -42,16 +51,16 @@ def forward(
     bias: Tensor | None,
     eps: float,
     statistics: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """y = (x - mean) * rstd * weight + bias, and the statistics, wanted or not."""
-    mean, rstd = row_statistics(x, normalized_shape, eps)
-    per_row = mean.shape + (1,) * len(normalized_shape)
-    y = (_wide(x) - mean.reshape(per_row)) * rstd.reshape(per_row)
+    kept = row_statistics(x, normalized_shape, eps)
+    mean, rstd = _per_row(kept, _split(x, normalized_shape)[0], len(normalized_shape))
+    y = (_wide(x) - mean) * rstd
     if weight is not None:
         y = y * weight
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype).contiguous(), mean, rstd
+    return y.to(x.dtype).contiguous(), kept
 
 
 def backward(
@@ -60,22 +69,20 @@ def backward(
     normalized_shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight and bias that `output_mask` asks for; None for the others."""
     lead, dims = _split(x, normalized_shape)
     rows = list(range(len(lead)))
-    per_row = tuple(lead) + (1,) * len(normalized_shape)
-    scale = rstd.reshape(per_row)
-    xhat = (_wide(x) - mean.reshape(per_row)) * scale
+    mean, rstd = _per_row(statistics, lead, len(normalized_shape))
+    xhat = (_wide(x) - mean) * rstd
     dy = _wide(dy)
     dx = dweight = dbias = None
     if output_mask[0]:
         dxhat = dy if weight is None else dy * weight
         centred = dxhat - dxhat.mean(dims, keepdim=True)
-        dx = scale * (centred - xhat * (dxhat * xhat).mean(dims, keepdim=True))
+        dx = rstd * (centred - xhat * (dxhat * xhat).mean(dims, keepdim=True))
         dx = dx.to(x.dtype).contiguous()
     if output_mask[1] and weight is not None:
         dweight = _sum_rows(dy * xhat, rows).to(weight.dtype)

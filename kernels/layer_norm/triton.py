@@ -46,8 +46,7 @@ def _forward_kernel(
     weight_ptr,  # [cols]
     bias_ptr,  # [cols]
     y_ptr,  # [rows, cols]
-    mean_ptr,  # [rows]
-    rstd_ptr,  # [rows]
+    statistics_ptr,  # [2, rows]: means, then rstds
     rows,
     n_vec,
     eps,
@@ -89,8 +88,8 @@ def _forward_kernel(
                 bias = tl.load(bias_ptr + offs_0, mask=mask_n, other=0.0).to(tl.float32)
             y += bias
         tl.store(y_ptr + offs, y, mask=mask)
-        tl.store(mean_ptr + offs_m, mean, mask=mask_m)
-        tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+        tl.store(statistics_ptr + offs_m, mean, mask=mask_m)
+        tl.store(statistics_ptr + rows + offs_m, rstd, mask=mask_m)
 
 
 @triton.jit(do_not_specialize=["rows", "n_vec", "eps"])
@@ -99,8 +98,7 @@ def _forward_long_kernel(
     weight_ptr,  # [cols]
     bias_ptr,  # [cols]
     y_ptr,  # [rows, cols]
-    mean_ptr,  # [rows]
-    rstd_ptr,  # [rows]
+    statistics_ptr,  # [2, rows]: means, then rstds
     rows,
     n_vec,
     eps,
@@ -140,8 +138,8 @@ def _forward_long_kernel(
             if HAS_BIAS:
                 y += tl.load(bias_ptr + start_0 + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             tl.store(y_ptr + start + offs_n, y, mask=mask_n)
-        tl.store(mean_ptr + row, mean)
-        tl.store(rstd_ptr + row, rstd)
+        tl.store(statistics_ptr + row, mean)
+        tl.store(statistics_ptr + rows + row, rstd)
 
 
 def unsupported(
@@ -162,19 +160,18 @@ def forward(
     bias: torch.Tensor | None,
     eps: float,
     statistics: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y of x's shape and dtype, mean and rstd float32 over the leading dimensions."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y of x's shape and dtype; float32 [2 * rows]: the rows' means, then their rstds."""
     leading = x.shape[: x.dim() - len(normalized_shape)]
     rows, cols = math.prod(leading), math.prod(normalized_shape)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean = torch.empty(leading, dtype=torch.float32, device=x.device)
-    rstd = torch.empty(leading, dtype=torch.float32, device=x.device)
+    kept = torch.empty(2 * rows, dtype=torch.float32, device=x.device)
     if rows == 0 or cols == 0:
-        return y, mean, rstd
+        return y, kept
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     vec = _triton.vector(cols)
-    tensors = (x.contiguous(), weight, bias, y, mean, rstd)
+    tensors = (x.contiguous(), weight, bias, y, kept)
     numbers = (rows, cols // vec, eps)
     flags = {"VEC": vec, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     with _triton.device_of(x):
@@ -202,4 +199,4 @@ def forward(
                 num_warps=num_warps,
                 **_triton.LAUNCH,
             )
-    return y, mean, rstd
+    return y, kept

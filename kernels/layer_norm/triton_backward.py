@@ -46,8 +46,7 @@ def _backward_kernel(
     dy_ptr,  # [rows, cols]
     x_ptr,  # [rows, cols]
     weight_ptr,  # [cols]
-    mean_ptr,  # [rows]
-    rstd_ptr,  # [rows]
+    statistics_ptr,  # [2, rows]: means, then rstds
     dx_ptr,  # [rows, cols]
     dweight_ptr,  # [programs, cols]
     dbias_ptr,  # [programs, cols]
@@ -79,8 +78,8 @@ def _backward_kernel(
         offs = tl.where(mask_m, offs_m, 0)[:, None] * cols + offs_n  # [BLOCK_M, BLOCK_N]
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
-        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
+        mean = tl.load(statistics_ptr + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(statistics_ptr + rows + offs_m, mask=mask_m, other=0.0)
         xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
         if HAS_DWEIGHT:
             dweight += dy * xhat
@@ -106,8 +105,7 @@ def _backward_long_kernel(
     dy_ptr,  # [rows, cols]
     x_ptr,  # [rows, cols]
     weight_ptr,  # [cols]
-    mean_ptr,  # [rows]
-    rstd_ptr,  # [rows]
+    statistics_ptr,  # [2, rows]: means, then rstds
     dx_ptr,  # [rows, cols]
     rows,
     n_vec,
@@ -119,8 +117,8 @@ def _backward_long_kernel(
     start_0 = tl.program_id(1) * cols  # as in _backward_kernel
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         start = row * cols
-        mean = tl.load(mean_ptr + row)
-        rstd = tl.load(rstd_ptr + row)
+        mean = tl.load(statistics_ptr + row)
+        rstd = tl.load(statistics_ptr + rows + row)
         along_xhat = tl.zeros([BLOCK_N], tl.float32)
         along_ones = tl.zeros([BLOCK_N], tl.float32)
         for block in range(0, cols, BLOCK_N):
@@ -150,8 +148,7 @@ def _backward_long_kernel(
 def _sum_rows_kernel(
     dy_ptr,  # [rows, cols]
     x_ptr,  # [rows, cols]
-    mean_ptr,  # [rows]
-    rstd_ptr,  # [rows]
+    statistics_ptr,  # [2, rows]: means, then rstds
     dweight_ptr,  # [shares, cols]
     dbias_ptr,  # [shares, cols]
     rows,
@@ -176,8 +173,8 @@ def _sum_rows_kernel(
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if HAS_DWEIGHT:
             x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
-            rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
+            mean = tl.load(statistics_ptr + offs_m, mask=mask_m, other=0.0)
+            rstd = tl.load(statistics_ptr + rows + offs_m, mask=mask_m, other=0.0)
             dweight += tl.where(mask, dy * ((x - mean[:, None]) * rstd[:, None]), 0.0)
         if HAS_DBIAS:
             dbias += dy
@@ -242,7 +239,7 @@ def _launch_dx(
     dweight: torch.Tensor | None,
     dbias: torch.Tensor | None,
 ) -> None:
-    """dx, and the sums that are given; `inputs` is dy, x, weight, mean, rstd."""
+    """dx, and the sums that are given; `inputs` is dy, x, weight, statistics."""
     vec = _triton.vector(cols)
     flags = {"VEC": vec, "HAS_WEIGHT": inputs[2] is not None}
     if not _triton.resident(RESIDENT_COLS, cols, vec):
@@ -291,7 +288,7 @@ def _launch_sums(
     dweight: torch.Tensor | None,
     dbias: torch.Tensor | None,
 ) -> None:
-    """dweight and dbias alone; `inputs` is dy, x, mean, rstd."""
+    """dweight and dbias alone; `inputs` is dy, x, statistics."""
     vec = _triton.vector(cols)
     total = dweight if dweight is not None else dbias
     assert total is not None
@@ -349,8 +346,7 @@ def backward(
     normalized_shape: tuple[int, ...],
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    statistics: torch.Tensor,
     output_mask: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """dx, dweight and dbias in the dtypes of x, weight and bias; None where not asked for."""
@@ -368,14 +364,14 @@ def backward(
             if total is not None:
                 total.zero_()
         return dx, dweight, dbias
-    dy, x, mean, rstd = dy.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous()
+    dy, x = dy.contiguous(), x.contiguous()
     weight = None if weight is None else weight.contiguous()
     sums = dweight is not None or dbias is not None
     with _triton.device_of(x):
         fused = dx is not None and sums and _fused(rows, cols)
         if dx is not None:
             totals = (dweight, dbias) if fused else (None, None)
-            _launch_dx(rows, cols, (dy, x, weight, mean, rstd), dx, *totals)
+            _launch_dx(rows, cols, (dy, x, weight, statistics), dx, *totals)
         if sums and not fused:
-            _launch_sums(rows, cols, (dy, x, mean, rstd), dweight, dbias)
+            _launch_sums(rows, cols, (dy, x, statistics), dweight, dbias)
     return dx, dweight, dbias

@@ -78,7 +78,7 @@ def terms(x, shape, weight, dy, eps, rounded_input) -> list[float]:
     """
     if not x.numel():
         return [0.0] * 4
-    mean, rstd = reference.row_statistics(x.detach().double(), shape, eps)
+    mean, rstd = reference.row_statistics(x.detach().double(), shape, eps).view(2, -1)
     lost = 1.0 + ((mean.abs() * rstd).max().item() if rounded_input else 0.0)
     largest_weight = 1.0 if weight is None else weight.detach().abs().max().item()
     size = dy.abs().max().item() * lost
@@ -240,16 +240,17 @@ def test_only_the_gradients_asked_for(implementation, asked, cols):
 
 @pytest.mark.parametrize("cols", [100, 20_000])
 def test_statistics_mean_the_same_in_every_implementation(implementation, cols):
-    """float32 mean and rstd, so that another backend's backward can use them."""
+    """float32, the means and then the rstds, so that another backend's backward can use them."""
     for dtype in DTYPES:
         x = (torch.randn(2, 3, cols) * 2 + 1).to(dtype)
         backend = choose(x, (cols,), None, None)
-        y, mean, rstd = backend.forward(x, (cols,), None, None, 1e-5)
-        _, want_mean, want_rstd = reference.forward(x.double(), (cols,), None, None, 1e-5)
-        assert mean.dtype == rstd.dtype == torch.float32
-        assert mean.shape == rstd.shape == (2, 3)
-        torch.testing.assert_close(mean.double(), want_mean, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(rstd.double(), want_rstd, rtol=1e-5, atol=0)
+        y, statistics = backend.forward(x, (cols,), None, None, 1e-5)
+        assert statistics.dtype == torch.float32
+        assert statistics.shape == (2 * 6,)
+        mean, rstd = statistics.double().view(2, 2, 3)
+        torch.testing.assert_close(mean, x.double().mean(-1), rtol=1e-5, atol=1e-6)
+        want_rstd = 1 / torch.sqrt(x.double().var(-1, correction=0) + 1e-5)
+        torch.testing.assert_close(rstd, want_rstd, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("forward_backend", ["reference", "eager", "cpu"])
@@ -259,9 +260,9 @@ def test_backward_takes_another_backends_statistics(implementation, forward_back
     tensors = (x, weight, bias)
     with dispatch.use(forward_backend):
         first = choose(x, (70,), weight, bias)
-        y, mean, rstd = first.forward(x, (70,), weight, bias, 1e-5)
+        y, statistics = first.forward(x, (70,), weight, bias, 1e-5)
     second = choose(x, (70,), weight, bias)
-    ours = second.backward(dy, x, (70,), weight, bias, mean, rstd, (True, True, True))
+    ours = second.backward(dy, x, (70,), weight, bias, statistics, (True, True, True))
     exact = results(F.layer_norm, tensors, (70,), dy, dtype=torch.float64)
     assert_as_exact_as_torch([y, *ours], results(F.layer_norm, tensors, (70,), dy), exact, NAMES)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
+import types
 from typing import ClassVar
 
 import pytest
@@ -12,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import dispatch
-from kernels.layer_norm import LayerNorm, layer_norm
+from kernels import _native, dispatch
+from kernels.layer_norm import LayerNorm, cpu, layer_norm, op
 from tests.tolerance import assert_as_exact_as_torch
 
 X = torch.randn(3, 5)
@@ -124,6 +126,39 @@ def test_float64_stays_float64():
     )
 
 
+def test_calls_taken_without_questions_are_those_that_pass_every_check():
+    """The C++ answer to `_check` and `unsupported`: never true where one of them refuses."""
+    x = torch.randn(3, 6)
+    nothing = types.SimpleNamespace(shape=(6,), dtype=torch.float32, is_cpu=True)
+    inputs = [x, x.double(), x.bfloat16(), x.long(), x.to("meta"), x[0], torch.randn(()), None]
+    shapes = [(6,), (3, 6), [6], (5,), (), (6, 3), (True,), (2**70,), torch.Size([6]), "6", None]
+    parameters = [None, torch.ones(6), torch.nn.Parameter(torch.ones(6).half()), torch.ones(3, 6)]
+    parameters += [torch.ones(5), torch.ones(6).double(), torch.ones(6, device="meta"), nothing]
+    taken = 0
+    for call in itertools.product(inputs, shapes, parameters, parameters, [1e-5, 1, None]):
+        if not op._takes(*call):
+            continue
+        taken += 1
+        shape, eps = op._check(*call)
+        assert (shape, eps) == (call[1], call[4])
+        assert cpu.unsupported(*call) is None
+    # x and its bfloat16 copy with (6,) and 3 parameters each, or with (3, 6) and 2; x[0] with (6,).
+    usual = 2 * (3 * 3 + 2 * 2) + 3 * 3
+    assert taken == usual
+    with pytest.raises(TypeError, match="number of arguments"):
+        op._takes(x)
+
+
+def test_native_entry_points_refuse_what_they_cannot_read():
+    x, y = torch.randn(2, 4), torch.empty(2, 4)
+    with pytest.raises(TypeError, match="float32, bfloat16 and float16"):
+        _native.cpu.layer_norm_forward(x.double(), 2, 4, None, None, 1e-5, y, None)
+    with pytest.raises(TypeError):
+        _native.cpu.layer_norm_forward(x, "2", 4, None, None, 1e-5, y, None)
+    with pytest.raises(AttributeError):
+        _native.cpu.layer_norm_forward([1.0], 2, 4, None, None, 1e-5, y, None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("parameters", [True, False])
 def test_opcheck(dtype, parameters):
@@ -132,11 +167,11 @@ def test_opcheck(dtype, parameters):
         weight = bias = None
     forward = torch.ops.kernels.layer_norm_forward.default
     torch.library.opcheck(forward, (x, (6,), weight, bias, 1e-5))
-    _, mean, rstd = forward(x, (6,), weight, bias, 1e-5)
+    _, statistics = forward(x, (6,), weight, bias, 1e-5)
     backward = torch.ops.kernels.layer_norm_backward.default
     for mask in ((True, True, True), (True, False, False), (False, True, True)):
         dy = torch.randn_like(x)
-        torch.library.opcheck(backward, (dy, x, (6,), weight, bias, mean, rstd, mask))
+        torch.library.opcheck(backward, (dy, x, (6,), weight, bias, statistics, mask))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

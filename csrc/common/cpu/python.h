@@ -1,0 +1,168 @@
+// Calls from Python into the CPU kernels, cheap enough for small tensors: arguments are read
+// through Python's C API, so no torch header is needed and one binary serves every torch version.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <new>
+#include <utility>
+
+#include "common/cpu/dtype.h"
+
+namespace kernels {
+
+// What kernels take of a tensor that is dense and on the CPU; None is a null pointer.
+struct Memory {
+  void* data;
+};
+struct Tensor : Memory {
+  DType dtype;
+};
+
+// torch's types and names, looked up once.
+class Torch {
+ public:
+  static const Torch& get() {
+    static const Torch torch;
+    return torch;
+  }
+
+  // The code of a tensor's dtype, or -1 where kernels have none.
+  int dtype_code(PyObject* tensor) const {
+    const pybind11::object dtype = attribute(tensor, dtype_);
+    for (int code = 0; code < kDtypes; code++) {
+      if (dtype.ptr() == dtypes_[code]) return code;
+    }
+    return -1;
+  }
+
+  void* address(PyObject* tensor) const {
+    const auto data =
+        pybind11::reinterpret_steal<pybind11::object>(PyObject_CallMethodNoArgs(tensor, data_ptr_));
+    if (!data) throw pybind11::error_already_set();
+    return PyLong_AsVoidPtr(data.ptr());
+  }
+
+  // A torch.Tensor or Parameter, no subclass of them, on the CPU, of a dtype that kernels have.
+  bool is_plain(PyObject* x) const {
+    auto* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
+    return (type == tensor_ || type == parameter_) && attribute(x, is_cpu_).ptr() == Py_True &&
+           dtype_code(x) >= 0;
+  }
+
+  // Whether the shape of `x` is that of `tail`, a tuple of ints, after at most `lead` other dims.
+  bool ends_in(PyObject* x, PyObject* tail, Py_ssize_t lead) const {
+    const pybind11::object shape = attribute(x, shape_);
+    const Py_ssize_t n = PyTuple_GET_SIZE(tail), before = PyTuple_GET_SIZE(shape.ptr()) - n;
+    if (before < 0 || before > lead) return false;
+    for (Py_ssize_t i = 0; i < n; i++) {
+      PyObject *size = PyTuple_GET_ITEM(shape.ptr(), before + i), *want = PyTuple_GET_ITEM(tail, i);
+      if (PyObject_RichCompareBool(size, want, Py_EQ) != 1) return false;
+    }
+    return true;
+  }
+
+ private:
+  static constexpr int kDtypes = 3;
+
+  Torch() {
+    const pybind11::object torch = pybind11::module_::import("torch");
+    const pybind11::object nn = attribute(torch.ptr(), name("nn"));
+    tensor_ = attribute(torch.ptr(), name("Tensor")).release().ptr();
+    parameter_ = attribute(nn.ptr(), name("Parameter")).release().ptr();
+    const char* dtypes[kDtypes] = {"float32", "bfloat16", "float16"};  // the order of DType
+    for (int code = 0; code < kDtypes; code++) {
+      dtypes_[code] = attribute(torch.ptr(), name(dtypes[code])).release().ptr();
+    }
+  }
+
+  static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+
+  static pybind11::object attribute(PyObject* x, PyObject* name) {
+    auto value = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(x, name));
+    if (!value) throw pybind11::error_already_set();
+    return value;
+  }
+
+  PyObject *tensor_, *parameter_, *dtypes_[kDtypes];  // these and the names are never freed
+  PyObject *dtype_ = name("dtype"), *shape_ = name("shape"), *is_cpu_ = name("is_cpu"),
+           *data_ptr_ = name("data_ptr");
+};
+
+inline bool is_shape(PyObject* shape) {  // a tuple of one int or more
+  if (!PyTuple_CheckExact(shape) || PyTuple_GET_SIZE(shape) == 0) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(shape); i++) {
+    if (!PyLong_CheckExact(PyTuple_GET_ITEM(shape, i))) return false;
+  }
+  return true;
+}
+
+// Lets other Python threads run while a kernel does.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(state_); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+// One argument, converted to the type the entry point declares.
+class Argument {
+ public:
+  explicit Argument(PyObject* object) : object_(object) {}
+
+  operator PyObject*() const { return object_; }
+  operator int64_t() const { return checked(PyLong_AsLongLong(object_)); }
+  operator float() const { return float(checked(PyFloat_AsDouble(object_))); }
+  operator Memory() const { return {object_ == Py_None ? nullptr : Torch::get().address(object_)}; }
+  operator Tensor() const {
+    if (object_ == Py_None) return {{nullptr}, DType::kFloat32};
+    const int code = Torch::get().dtype_code(object_);
+    if (code < 0) throw pybind11::type_error("accepted are float32, bfloat16 and float16 tensors");
+    return {{Torch::get().address(object_)}, DType(code)};
+  }
+
+ private:
+  template <class T>
+  static T checked(T value) {
+    if (value == T(-1) && PyErr_Occurred()) throw pybind11::error_already_set();
+    return value;
+  }
+
+  PyObject* object_;
+};
+
+template <size_t... I, class... T>
+PyObject* call(void (*function)(T...), PyObject* const* arguments, std::index_sequence<I...>) {
+  function(Argument(arguments[I])...);
+  Py_RETURN_NONE;
+}
+template <size_t... I, class... T>
+PyObject* call(bool (*function)(T...), PyObject* const* arguments, std::index_sequence<I...>) {
+  return PyBool_FromLong(function(Argument(arguments[I])...));
+}
+
+// `function` by Python's own calling convention: pybind11's takes a microsecond for ten arguments.
+template <auto function, class R, class... T>
+PyMethodDef entry_point(const char* name, R (*)(T...)) {
+  constexpr auto run = [](PyObject*, PyObject* const* arguments, Py_ssize_t count) -> PyObject* {
+    try {
+      if (count != sizeof...(T)) throw pybind11::type_error("wrong number of arguments");
+      return call(function, arguments, std::index_sequence_for<T...>());
+    } catch (pybind11::error_already_set& error) {
+      error.restore();
+    } catch (const pybind11::type_error& error) {
+      error.set_error();
+    } catch (const std::bad_alloc&) {
+      PyErr_NoMemory();
+    }
+    return nullptr;
+  };
+  PyObject* (*const fast)(PyObject*, PyObject* const*, Py_ssize_t) = run;
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast)), METH_FASTCALL,
+          nullptr};
+}
+
+}  // namespace kernels
