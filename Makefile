@@ -1,16 +1,18 @@
 # On a fresh machine `make demo` and `make test` are all that is needed: both make .venv first.
 VENV ?= .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
-NATIVE_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+NATIVE_SOURCES = $(shell find csrc ptx tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 # More arguments for the commands, as in: make demo DEMO_FLAGS="--steps 50"
 CHECK_FLAGS ?=
 DEMO_FLAGS ?=
 TEST_FLAGS ?= -n 2
 BENCH_FLAGS ?=
+GATES_FLAGS ?=
+MUTATE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo test test-install bench lint format clean
+.PHONY: help bootstrap demo test test-install bench gates mutate lint format clean
 MAKEFLAGS += --no-print-directory
 
 help: ## this list
@@ -32,6 +34,12 @@ test-install: bootstrap ## the slow tests: installs into fresh environments, nee
 
 bench: bootstrap ## time every kernel beside PyTorch's own
 	@$(PYTHON_IN_VENV) -m pytest bench --benchmark-only $(BENCH_FLAGS)
+
+gates: bootstrap ## machine code and traffic of every GPU kernel against bench/gates.json
+	@$(PYTHON_IN_VENV) -m bench gates $(GATES_FLAGS)
+
+mutate: bootstrap ## does the test-suite notice when an instruction of a GPU kernel is changed?
+	@$(PYTHON_IN_VENV) -m ptx.mutate $(MUTATE_FLAGS)
 
 lint: bootstrap ## ruff, mypy, clang-format, codespell
 	@$(VENV)/bin/ruff check .

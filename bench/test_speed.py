@@ -7,6 +7,7 @@ table at the end and in the JSON's extra_info), then lets pytest-benchmark time 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,14 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("spec", "case", "dtype", "direction"), ROWS)
-def test_speed(benchmark, comparison, spec, case, dtype, direction):
+def test_speed(
+    benchmark: Any,
+    comparison: dict[str, list[list[Any]]],
+    spec: _spec.Spec,
+    case: _spec.Case,
+    dtype: torch.dtype,
+    direction: _spec.Direction,
+) -> None:
     times = _check.measure(spec, case, dtype, direction, seconds=1.0, with_compile=True)
     comparison.setdefault(spec.op, []).append(_check.speed_row(spec, case, dtype, direction, times))
     benchmark.extra_info["threads"] = torch.get_num_threads()

@@ -15,7 +15,7 @@ from kernels import _spec, dispatch
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
     path
-    for folder in ("kernels", "csrc", "tests", "bench")
+    for folder in ("kernels", "csrc", "ptx", "tests", "bench")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
 )

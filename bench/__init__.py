@@ -1,0 +1,1 @@
+"""What the kernels promise besides being right: speed, machine code, traffic."""

@@ -1,0 +1,97 @@
+"""The calls of each op that the gates compile and count.
+
+Per op a function `calls` that runs forward and backward through a backend module, and the shapes:
+TRITON is every specialisation the switch points lead to, COUNTED what the executor counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from kernels import dispatch
+
+
+@dataclass(frozen=True)
+class Call:
+    """Layer norm of [rows, cols]; weight and bias in the dtype of x, fp32 where `mixed`."""
+
+    op: str
+    rows: int
+    cols: int
+    dtype: torch.dtype
+    mixed: bool = False
+
+    @property
+    def _types(self) -> str:
+        short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+        return short[self.dtype] + ("/fp32" if self.mixed else "")
+
+    @property
+    def label(self) -> str:
+        return f"{self._types}, {self.cols}"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows}x{self.cols} {self._types}"
+
+
+def layer_norm(backend: ModuleType, call: Call) -> Iterator[str]:
+    """Runs the forward, then the backward; yields the name of each when it is done."""
+    generator = torch.Generator().manual_seed(call.rows * 31 + call.cols)
+    parameters = torch.float32 if call.mixed else call.dtype
+    x, dy = (torch.randn(call.rows, call.cols, generator=generator).to(call.dtype) for _ in "xy")
+    weight, bias = (torch.randn(call.cols, generator=generator).to(parameters) for _ in "wb")
+    _, *saved = backend.forward(x, (call.cols,), weight, bias, 1e-5)
+    yield "forward"
+    backend.backward(dy, x, (call.cols,), weight, bias, *saved, (True, True, True))
+    yield "backward"
+
+
+CALLS = {"layer_norm": layer_norm}
+
+
+def run(call: Call, backend: str) -> Iterator[str]:
+    """Runs a call through the named backend; yields each direction when it is done."""
+    module = dispatch.load(call.op, backend)
+    if isinstance(module, str):
+        raise ImportError(f"{call.op} has no backend {backend}: {module}")
+    return CALLS[call.op](module, call)
+
+
+def least_bytes(call: Call, direction: str) -> int:
+    """Of the inputs and outputs of an operation, each read or written once."""
+    size = call.dtype.itemsize
+    rows, parameter = call.rows * call.cols * size, call.cols * (4 if call.mixed else size)
+    statistics = call.rows * 2 * 4
+    if direction == "forward":  # x, y; weight, bias
+        return 2 * rows + 2 * parameter + statistics
+    return 3 * rows + 3 * parameter + statistics  # x, dy, dx; weight, dweight, dbias
+
+
+def _layer_norm_triton() -> list[Call]:
+    from kernels.layer_norm import triton as backend
+
+    cols = [row[0] for row in backend.TILES] + [backend.RESIDENT_COLS + 8]
+    cols += [1000, 1001]  # vectors that the row length just allows, and none
+    calls = [("bf16", n) for n in cols] + [("fp32", n) for n in (1000, 1024, 8192, 16384, 16392)]
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    # Enough rows for the fused backward; then few, for dx and the sums by kernels of their own.
+    found = [Call("layer_norm", max(64, n // 8), n, dtypes[name]) for name, n in calls]
+    found += [Call("layer_norm", 4, n, torch.bfloat16) for n in (1024, 1001, 4096)]
+    return found
+
+
+def triton_calls() -> list[Call]:
+    return _layer_norm_triton()
+
+
+_SHAPES = ((64, 1024), (512, 1024), (512, 1000), (2048, 768))
+COUNTED = [
+    Call("layer_norm", rows, cols, dtype)
+    for dtype in (torch.bfloat16, torch.float32)
+    for rows, cols in _SHAPES
+] + [Call("layer_norm", 512, 1024, torch.bfloat16, mixed=True)]

@@ -1,0 +1,185 @@
+"""What the compilers make of every kernel: registers, spills, shared memory, blocks, instructions.
+
+CUDA: csrc/module_cuda.cu with the package's own flags, one cubin per target, cached by contents.
+Triton: the kernels that the calls of cases.py launch, compiled without a GPU by Triton itself.
+Nothing here runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import re
+import subprocess
+import sysconfig
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pybind11
+from tqdm import tqdm
+
+from bench import cases, occupancy, sass
+from bench.loops import innermost_loops
+from ptx import build, cache
+from ptx.machine_code import MachineCode, count_ptx_instructions
+
+ROOT = Path(__file__).parent.parent
+CUDA_TARGETS = ("80", "86", "89", "90a", "100a", "120a")
+SIMDS = 4  # of an AMD compute unit
+
+Row = dict[str, float]
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+def _cubin(target: str) -> Path:
+    """The package's CUDA module as machine code for one target."""
+    source = ROOT / "csrc" / "module_cuda.cu"
+    flags = [flag for flag in build.cuda_flags() if not flag.startswith("--threads")]
+    flags += ["-cubin", f"-arch=sm_{target}"]
+    for folder in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")):
+        flags.append(f"-I{folder}")
+
+    def make(folder: Path) -> None:
+        command = [build.nvcc(), *flags, "-o", str(folder / "kernels.cubin"), str(source)]
+        subprocess.run(command, check=True)
+
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh"))
+    key = cache.digest(_version(build.nvcc()), *flags, *sources)
+    return cache.cached(f"cubin-{key}", make) / "kernels.cubin"
+
+
+def _version(nvcc: str) -> str:
+    command = [nvcc, "--version"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def versions() -> dict[str, str]:
+    """Of the compilers: another version makes other code of the same kernel."""
+    found = re.search(r"release .*, V([\d.]+)", _version(build.nvcc()))
+    return {
+        "nvcc": found[1] if found else "unknown",
+        "triton": importlib.metadata.version("triton"),
+    }
+
+
+def _machine_code(
+    cubin: Path, target: str, threads: int | None = None, dynamic: int = 0
+) -> dict[str, Row]:
+    """Mangled kernel -> its row. `threads` and `dynamic` shared bytes are those of a launch;
+    without them the largest block the kernel was compiled for, and its static shared memory."""
+    bounds = {} if threads else sass.launch_bounds(sass.cuobjdump("-elf", cubin))
+    listings = sass.functions(sass.cuobjdump("-sass", cubin))
+    rows: dict[str, Row] = {}
+    for name, usage in sass.resources(sass.cuobjdump("-res-usage", cubin)).items():
+        system = sass.SYSTEM_SHARED if int(re.sub(r"\D", "", target)) >= 90 else 0
+        shared = usage.shared - system + dynamic
+        block = threads or bounds.get(name, 1024)
+        inner = sass.mix(i for loop in innermost_loops(listings[name]) for i in loop)
+        rows[name] = {
+            "registers": usage.registers,
+            "local": usage.stack + usage.local,
+            "spills": sass.mix(listings[name])["local"],
+            "shared": shared,
+            "threads": block,
+            "blocks": occupancy.blocks(target, block, usage.registers, shared),
+            **{f"loop_{kind}": count for kind, count in sorted(inner.items())},
+        }
+    return rows
+
+
+def cuda() -> dict[str, dict[str, Row]]:
+    """ "cuda sm_80" -> short kernel name -> row."""
+    if not list((ROOT / "csrc").rglob("*.cu")):
+        return {}
+
+    def measure(target: str) -> dict[str, Row]:
+        rows = _machine_code(_cubin(target), target)
+        names = sass.demangled(list(rows))
+        return {names[name]: row for name, row in rows.items()}
+
+    with ThreadPoolExecutor(2) as pool:
+        done = tqdm(
+            pool.map(measure, CUDA_TARGETS), "CUDA, by target", total=len(CUDA_TARGETS), leave=False
+        )
+        return {f"cuda sm_{target}": rows for target, rows in zip(CUDA_TARGETS, done, strict=True)}
+
+
+@functools.cache
+def cuda_code(kernel: str, arch: str) -> MachineCode:
+    """What the time model asks of a kernel of the package, by its mangled name."""
+    cubin = _cubin(arch.removeprefix("sm_"))
+    usage = _tool_output("-res-usage", cubin)
+    resources = sass.resources(usage)[kernel]
+    code = sass.functions(_tool_output("-sass", cubin))[kernel]
+    text = build.kernel_ptx(ROOT / "csrc" / "module_cuda.cu", arch, kernel)
+    return MachineCode(
+        registers=resources.registers,
+        stack=resources.stack,
+        opcodes=Counter(instruction.opcode.split(".")[0] for instruction in code),
+        ptx_instructions=count_ptx_instructions(text),
+    )
+
+
+_tool_output = functools.cache(sass.cuobjdump)
+
+
+# ---- Triton --------------------------------------------------------------------------------------
+def _amd(kernel: Any) -> Row:
+    """A row out of the assembly and its metadata, where LLVM counts occupancy in waves per SIMD."""
+    text = kernel.file("amdgcn").read_text()
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern + r":?\s+(\d+)", text)
+        if found is None:
+            raise RuntimeError(f"{kernel.name}: no {pattern!r} in its assembly")
+        return int(found[1])
+
+    moves = re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", text)
+    count: Counter[str] = Counter()
+    for move, width in moves:
+        kind = {"dwordx4": "wide", "dwordx3": "wide", "dwordx2": "64"}.get(width, "narrow")
+        count[f"all_{move}_{kind}"] += 1
+    waves = number("; Occupancy")
+    return {
+        "registers": number(r"\.vgpr_count"),
+        "local": number(r"\.private_segment_fixed_size"),
+        "spills": number(r"\.vgpr_spill_count") + number(r"\.sgpr_spill_count"),
+        "shared": kernel.metadata.shared,
+        "threads": kernel.metadata.num_warps * kernel.metadata.warp_size,
+        "blocks": waves * SIMDS // kernel.metadata.num_warps,
+        **dict(sorted(count.items())),
+    }
+
+
+def _triton_row(kernel: Any) -> Row:
+    if kernel.target.backend == "hip":
+        return _amd(kernel)
+    threads = kernel.metadata.num_warps * 32
+    target = str(kernel.target.arch)
+    shared = kernel.metadata.shared
+    (row,) = _machine_code(kernel.file("cubin"), target, threads, shared).values()
+    return row
+
+
+def triton() -> dict[str, dict[str, Row]]:
+    """ "triton sm_80" -> kernel with the dtype and row length it was first met with -> row."""
+    from kernels import _triton
+
+    found: dict[str, dict[str, Row]] = {}
+    calls = cases.triton_calls()
+    progress = tqdm(total=len(_triton.TARGETS) * len(calls), desc="Triton", leave=False)
+    for target in _triton.TARGETS:
+        rows = found[f"triton {target}"] = {}
+        seen = set()
+        for call in calls:
+            with _triton.compile_only(target) as launched:
+                list(cases.run(call, "triton"))
+            for kernel in launched:
+                if kernel.metadata.hash not in seen:
+                    seen.add(kernel.metadata.hash)
+                    rows[f"{call.op}::{kernel.name}<{call.label}>"] = _triton_row(kernel)
+            progress.update()
+    progress.close()
+    return found

@@ -1,0 +1,301 @@
+"""The mutation test: would the test suite notice if one instruction of a kernel were wrong?
+
+    python -m ptx.mutate [--kernel NAME] [--limit 3] [--seed 0] [-j 1] [--list]
+
+It takes the layer norm's tests (tests/ptx/test_layer_norm_*.py), notes which kernels each of them
+launches, changes one instruction of a kernel (mutations.py) and runs the tests that launch it until
+one fails. A mutant that none notices has survived. Survivors that compute the same, or as well, are
+explained in mutants.json; any other makes the command fail: a test is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from _pytest.runner import runtestprotocol
+from tabulate import tabulate
+from tqdm import tqdm
+
+from ptx import build, cache, children
+from ptx.cache import ROOT, digest
+from ptx.executor import readable
+from ptx.mutations import Mutant, mutants
+
+TESTS = ("tests/ptx/test_layer_norm_cuda.py", "tests/ptx/test_layer_norm_triton.py")
+EXPLAINED = Path(__file__).with_name("mutants.json")
+# The dtype whose instances of a CUDA kernel are mutated; all template shapes are.
+DTYPE = "__nv_bfloat16"
+BASELINE_SECONDS = 600  # for one test
+SLACK = 40  # seconds for compiling a mutant, beside 5 times what a test takes without it
+
+
+@dataclass
+class Kernel:
+    """Texts that differ in their target alone, such as those of sm_80 and sm_90a."""
+
+    name: str  # "forward_rows_kernel<__nv_bfloat16, 8, 16>"
+    texts: list[str]
+    tests: list[str] = field(default_factory=list)  # node ids, the quickest first
+
+    @property
+    def family(self) -> str:
+        return self.name.split("<")[0]
+
+
+Task = tuple[tuple[Kernel, Mutant], Callable[[], Any], int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    kernel: Kernel
+    mutant: Mutant
+    how: str  # "report", "test", "hang", "crash"; "survived", "explained"
+    test: str = ""
+
+    @property
+    def caught(self) -> bool:
+        return self.how not in ("survived", "explained")
+
+
+# ---- in a child --------------------------------------------------------------------------------
+def _run_test(item: pytest.Item) -> str:
+    """What pytest says of the failure; nothing where the test passes."""
+    for report in runtestprotocol(item, log=False, nextitem=None):
+        if report.failed:
+            return report.longreprtext
+    return ""
+
+
+def _baseline(item: pytest.Item) -> dict[str, Any]:
+    """Runs one test as it stands: how it went, and the folders of the kernels it loaded."""
+    loaded = []
+    library = build.kernel_library
+
+    def recording(ptx: str) -> Path:
+        path = library(ptx)
+        loaded.append(str(path))
+        return path
+
+    build.kernel_library = recording
+    start = time.perf_counter()
+    failure = _run_test(item)
+    return {"failure": failure, "seconds": time.perf_counter() - start, "kernels": loaded}
+
+
+def _try(
+    kernel: Kernel, mutant: Mutant, tests: Sequence[tuple[pytest.Item, int]], folder: Path
+) -> tuple[str, str]:
+    """How a mutant is caught and by which test; ("survived", "") where all tests pass.
+
+    `tests` come with the seconds that they may take, `folder` is where the mutant is built.
+    """
+    library = build.kernel_library
+
+    def substituting(ptx: str) -> Path:
+        if ptx not in kernel.texts:
+            return library(ptx)
+        with patch.object(cache, "CACHE", folder):
+            return library(mutant.applied(ptx))
+
+    build.kernel_library = substituting
+    for item, seconds in tests:
+        signal.alarm(seconds)
+        if failure := _run_test(item):
+            return "report" if "KernelError" in failure else "test", item.nodeid
+    return "survived", ""
+
+
+# ---- in the parent -------------------------------------------------------------------------------
+class Plugin:
+    """Takes the place of pytest's own loop over the tests it has collected."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.verdicts: list[Verdict] = []
+        self.failures: list[str] = []  # tests that fail without any mutant
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        items = {item.nodeid: item for item in session.items}
+        kernels, seconds = self._kernels(items)
+        if not self.failures:
+            self._mutate(kernels, items, seconds)
+        return True
+
+    def _kernels(self, items: dict[str, pytest.Item]) -> tuple[list[Kernel], dict[str, float]]:
+        found = self._baselines(items)
+        texts: dict[str, set[str]] = defaultdict(set)  # PTX -> tests
+        for name, baseline in found.items():
+            for library in baseline["kernels"]:
+                texts[(Path(library).parent / "kernel.ptx").read_text()].add(name)
+        seconds = {name: baseline["seconds"] for name, baseline in found.items()}
+        return _grouped(texts, seconds, self.options.kernel), seconds
+
+    def _baselines(self, items: dict[str, pytest.Item]) -> dict[str, Any]:
+        """Of every test, kept until a file changes that it may depend on."""
+        folders = ("csrc", "kernels", "ptx", "tests")
+        files = (path for folder in folders for path in sorted((ROOT / folder).rglob("*")))
+        sources = [path for path in files if path.suffix in (".py", ".cu", ".cuh", ".h", ".cpp")]
+        kept = cache.CACHE / f"baseline-{digest(*items, *sources)}.json"
+        if kept.exists():
+            return json.loads(kept.read_text())
+        tasks = [
+            (name, lambda item=item: _baseline(item), BASELINE_SECONDS)
+            for name, item in items.items()
+        ]
+        found: dict[str, Any] = {}
+        outcomes = children.run(tasks, self.options.j)
+        for name, outcome in tqdm(outcomes, "tests without mutants", len(tasks), leave=False):
+            if outcome.failure or outcome.value["failure"]:
+                self.failures.append(f"{name}: {outcome.failure or outcome.value['failure']}")
+            else:
+                found[name] = outcome.value
+        if not self.failures:
+            kept.write_text(json.dumps(found))
+        return found
+
+    def _mutate(
+        self, kernels: list[Kernel], items: dict[str, pytest.Item], seconds: dict[str, float]
+    ) -> None:
+        explained = _explained()
+        chosen = [
+            (kernel, mutant)
+            for kernel in kernels
+            for mutant in _chosen(kernel, self.options.limit, self.options.seed)
+        ]
+        limits = {name: int(SLACK + 5 * seconds[name]) for name in seconds}
+        built = tempfile.TemporaryDirectory()
+
+        def task(kernel: Kernel, mutant: Mutant) -> Task:
+            tests = [(items[name], limits[name]) for name in kernel.tests]
+            return (kernel, mutant), lambda: _try(kernel, mutant, tests, Path(built.name)), 0
+
+        tasks = [task(kernel, mutant) for kernel, mutant in chosen]
+        outcomes = children.run(tasks, self.options.j)
+        for (kernel, mutant), outcome in tqdm(outcomes, "mutants", len(tasks), leave=False):
+            how, test = outcome.value or (outcome.failure.split("\n")[0], "")
+            if outcome.failure not in ("", "hang", "crash"):
+                raise RuntimeError(f"{kernel.name}: {mutant}\n{outcome.failure}")
+            if how == "survived" and (kernel.family, mutant.kind, mutant.source) in explained:
+                how = "explained"
+            self._verdict(Verdict(kernel, mutant, how, test))
+        built.cleanup()
+
+    def _verdict(self, verdict: Verdict) -> None:
+        self.verdicts.append(verdict)
+        if self.options.json:
+            row = {"kernel": verdict.kernel.name, "how": verdict.how, "test": verdict.test}
+            with self.options.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row | vars(verdict.mutant)) + "\n")
+
+
+def _body(ptx: str) -> str:
+    """A kernel without what names its target."""
+    return re.sub(r"^(\.version|\.target|//).*$", "", ptx, flags=re.MULTILINE)
+
+
+def _grouped(texts: dict[str, set[str]], seconds: dict[str, float], wanted: str) -> list[Kernel]:
+    """The kernels to mutate. Of the texts of one kernel those whose tests take longest are taken,
+    which is what the sweeps of sizes launch: code for one architecture, or of a Triton kernel one
+    specialisation with vectors and one without.
+    """
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for ptx in texts:
+        name = readable(re.findall(r"\.entry\s+([\w$]+)", ptx)[0])
+        name = re.sub(r"\b\w+::", "", name)
+        if "<" in name and DTYPE not in name:
+            continue
+        if "<" not in name and name.startswith("_"):
+            name += "<vectors>" if re.search(r"ld\.global\S*\.v[24]", ptx) else "<elements>"
+        groups[name, digest(_body(ptx))].append(ptx)
+    best: dict[str, tuple[float, Kernel]] = {}
+    for (name, _), alike in groups.items():
+        tests = {test for ptx in alike for test in texts[ptx]}
+        spent = sum(seconds[test] for test in tests)
+        if wanted in name and (name not in best or spent > best[name][0]):
+            quickest_first = sorted(tests, key=lambda test: seconds[test])
+            best[name] = spent, Kernel(name, sorted(alike), quickest_first)
+    return [kernel for _, (_, kernel) in sorted(best.items())]
+
+
+def _chosen(kernel: Kernel, limit: int, seed: int) -> list[Mutant]:
+    """At most `limit` mutants of each kind, always the same ones for the same text and seed."""
+    by_kind: dict[str, list[Mutant]] = defaultdict(list)
+    for mutant in mutants(kernel.texts[0]):
+        by_kind[mutant.kind].append(mutant)
+    # Lines of different targets agree, or the texts would not have been grouped.
+    numbers = random.Random(f"{seed} {kernel.name}")
+    return [
+        mutant
+        for kind in sorted(by_kind)
+        for mutant in numbers.sample(by_kind[kind], min(limit, len(by_kind[kind])))
+    ]
+
+
+def _explained() -> set[tuple[str, str, str]]:
+    entries = json.loads(EXPLAINED.read_text(encoding="utf-8"))
+    return {(entry["kernel"], entry["kind"], entry["source"]) for entry in entries}
+
+
+# ---- the report ----------------------------------------------------------------------------------
+def _table(verdicts: list[Verdict], key: Callable[[Verdict], str], title: str) -> str:
+    columns = ("report", "test", "hang", "crash", "explained", "survived")
+    count: dict[str, Counter[str]] = defaultdict(Counter)
+    for verdict in verdicts:
+        count[key(verdict)][verdict.how] += 1
+        count["all"][verdict.how] += 1
+    rows = []
+    for name in [*sorted(count.keys() - {"all"}), "all"]:
+        total = sum(count[name].values())
+        judged = total - count[name]["explained"]
+        caught = judged - count[name]["survived"]
+        share = f"{100 * caught / judged:.0f} %" if judged else ""
+        rows.append([name, f"{caught}/{judged}", share, *(count[name][c] or "" for c in columns)])
+    return tabulate(rows, headers=[title, "caught", "", *columns])
+
+
+def _report(verdicts: list[Verdict]) -> Iterator[str]:
+    yield _table(verdicts, lambda v: v.kernel.name.replace(DTYPE, "bf16"), "kernel")
+    yield _table(verdicts, lambda v: v.mutant.kind, "kind")
+    for verdict in verdicts:
+        if verdict.how == "survived":
+            where = f"{verdict.kernel.name}, PTX line {verdict.mutant.line}"
+            yield f"SURVIVED  {where}: {verdict.mutant}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m ptx.mutate", description=__doc__)
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--limit", type=int, default=3, help="mutants of a kind and kernel")
+    parser.add_argument("--seed", type=int, default=0, help="which mutants are chosen")
+    parser.add_argument("-j", type=int, default=1, help="how many to try at a time")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="files of the tests to try")
+    parser.add_argument("--json", type=Path, help="append every verdict to this file")
+    options = parser.parse_args()
+    plugin = Plugin(options)
+    arguments = [str(ROOT / test) for test in options.tests]
+    arguments += ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--capture=no", "--no-header"]
+    code = pytest.main([*arguments, f"--rootdir={ROOT}"], plugins=[plugin])
+    for failure in plugin.failures:
+        print(f"FAILED WITHOUT A MUTANT  {failure}", file=sys.stderr)
+    if code or plugin.failures:
+        return 2
+    print(*_report(plugin.verdicts), sep="\n\n")
+    return int(any(verdict.how == "survived" for verdict in plugin.verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+// ldmatrix and stmatrix: 8×8 matrices of 16-bit elements between shared memory and a warp.
+//
+// Lane 8 q + r gives the address of row r of matrix q. Lane l holds the elements (l / 4, 2 (l % 4))
+// and its right neighbour of each matrix; of its transpose with .trans (PTX ISA, "ldmatrix").
+#include <cstring>
+
+#include "state.h"
+
+namespace ptx {
+
+namespace {
+
+constexpr int kRows = 8, kRowBytes = 16, kLanes = 32;
+
+struct MatrixOperands {
+  uint32_t registers[4];
+  int count;
+  bool transposed;
+  unsigned char* row;
+};
+
+MatrixOperands& operands(Fiber* const* lanes, int lane) {
+  return *static_cast<MatrixOperands*>(lanes[lane]->payload);
+}
+
+void count_rows_of(Fiber* const* lanes, Access kind) {
+  uint32_t offsets[kLanes];
+  const int rows = kRows * operands(lanes, 0).count;
+  for (int i = 0; i < rows; i++) {
+    offsets[i] = static_cast<uint32_t>(operands(lanes, i).row - shared_window);
+  }
+  if (options.count) count_rows(offsets, rows, kind, lanes[0]->site);
+}
+
+void resolve_load(Fiber* const* lanes, uint32_t) {
+  counts.ldmatrix++;
+  count_rows_of(lanes, Access::kRead);
+  const MatrixOperands& shape = operands(lanes, 0);
+  for (int q = 0; q < shape.count; q++) {
+    uint16_t matrix[kRows][kRows];
+    for (int r = 0; r < kRows; r++) {
+      std::memcpy(matrix[r], operands(lanes, kRows * q + r).row, kRowBytes);
+    }
+    for (int lane = 0; lane < kLanes; lane++) {
+      const int i = lane / 4, j = lane % 4 * 2;
+      const uint32_t low = shape.transposed ? matrix[j][i] : matrix[i][j];
+      const uint32_t high = shape.transposed ? matrix[j + 1][i] : matrix[i][j + 1];
+      operands(lanes, lane).registers[q] = low | high << 16;
+    }
+  }
+}
+
+void resolve_store(Fiber* const* lanes, uint32_t) {
+  counts.stmatrix++;
+  count_rows_of(lanes, Access::kWrite);
+  const MatrixOperands& shape = operands(lanes, 0);
+  for (int q = 0; q < shape.count; q++) {
+    uint16_t matrix[kRows][kRows];
+    for (int lane = 0; lane < kLanes; lane++) {
+      const int i = lane / 4, j = lane % 4 * 2;
+      const uint32_t pair = operands(lanes, lane).registers[q];
+      (shape.transposed ? matrix[j][i] : matrix[i][j]) = static_cast<uint16_t>(pair);
+      (shape.transposed ? matrix[j + 1][i] : matrix[i][j + 1]) = static_cast<uint16_t>(pair >> 16);
+    }
+    for (int r = 0; r < kRows; r++) {
+      std::memcpy(operands(lanes, kRows * q + r).row, matrix[r], kRowBytes);
+    }
+  }
+}
+
+// Only the first 8 · count lanes give an address; each is checked as that lane's own access.
+void check_row(const void* row, int count, Access kind, uint32_t site) {
+  if (count != 1 && count != 2 && count != 4)
+    fatal("unsupported", "matrix count not 1, 2, 4", site);
+  if (current->lane >= static_cast<uint32_t>(kRows * count)) return;
+  access(row, kRowBytes, kind, Space::kShared, site, nullptr, /*counted=*/false);
+}
+
+}  // namespace
+
+void ldmatrix(uint32_t* d, int count, bool transposed, const void* row, uint32_t site) {
+  check_row(row, count, Access::kRead, site);
+  MatrixOperands x{{}, count, transposed, static_cast<unsigned char*>(const_cast<void*>(row))};
+  collective("ldmatrix", ~0u, site, &x, resolve_load);
+  std::memcpy(d, x.registers, sizeof(uint32_t) * static_cast<size_t>(count));
+}
+
+void stmatrix(const uint32_t* d, int count, bool transposed, void* row, uint32_t site) {
+  check_row(row, count, Access::kWrite, site);
+  MatrixOperands x{{}, count, transposed, static_cast<unsigned char*>(row)};
+  std::memcpy(x.registers, d, sizeof(uint32_t) * static_cast<size_t>(count));
+  collective("stmatrix", ~0u, site, &x, resolve_store);
+}
+
+}  // namespace ptx

@@ -1,0 +1,29 @@
+"""The executor as a fixture. Where nvcc or g++ is missing, what needs them fails and says so."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ptx
+
+ARCHS = ("sm_80", "sm_90a", "sm_100a")
+SCHEDULES = ("round_robin", "reverse", "random")
+KERNELS = Path(__file__).with_name("session_kernels.cu")
+TWO = ctypes.c_float(2.0)
+
+
+@pytest.fixture(scope="session")
+def library() -> ptx.Library:
+    """The functions of session_kernels.cu."""
+    return ptx.load(KERNELS)
+
+
+@pytest.fixture
+def executor_session(request: pytest.FixtureRequest) -> Iterator[ptx.Session]:
+    """A session of `ptx.run`, for sm_90a or with the keywords given by indirect parametrisation."""
+    with ptx.run(**getattr(request, "param", {})) as session:
+        yield session

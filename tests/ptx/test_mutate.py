@@ -1,0 +1,135 @@
+"""The mutation test's own parts: what it changes, where it says that was, and how children end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from ptx import children
+from ptx.mutate import EXPLAINED, TESTS
+from ptx.mutations import ROOT, mutants, parse
+
+KERNEL = f"""
+.version 8.8
+.target sm_80
+.visible .entry kernel(.param .u64 p)
+{{
+\t.loc\t1 2 3
+\tbar.sync \t0;
+\t.loc\t1 3 1, function_name $L__info_string0, inlined_at 2 2 1
+\tld.global.v4.f32 \t{{%f1, %f2, %f3, %f4}}, [%rd1+16];
+\t@%p1 ld.shared.b32 %r1, [ %r2 + 0 ];
+\tst.shared.f32 \t[%r1], %f1;
+\tsetp.lt.s32 \t%p1, %r1, %r2;
+\t@%p1 bra \t$L__BB0_2;
+\tfma.rn.f32 \t%f5, %f1, %f2, %f3;
+\tsub.f32 \t%f6, %f1, 0f3F800000;
+\tshfl.sync.bfly.b32 \t%r3|%p2, %r1, 16, 31, -1;
+\tcp.async.wait_group \t1;
+\tadd.s32 \t%r4, %r1, 4;
+$L__BB0_2:
+\tret;
+}}
+\t.file\t1 "{ROOT}/ptx/mutations.py"
+\t.file\t2 "{ROOT}/ptx/mutate.py"
+"""
+
+EXPECTED = [
+    ("drop barrier", ""),
+    ("address + element", "ld.global.v4.f32 {%f1, %f2, %f3, %f4}, [%rd1+20];"),
+    ("address + vector", "ld.global.v4.f32 {%f1, %f2, %f3, %f4}, [%rd1+32];"),
+    ("address + element", "@%p1 ld.shared.b32 %r1, [%r2+4];"),
+    ("drop predicate", "ld.shared.b32 %r1, [ %r2 + 0 ];"),
+    ("address + element", "st.shared.f32 [%r1+4], %f1;"),
+    ("drop st.shared", ""),
+    ("bound", "setp.le.s32 %p1, %r1, %r2;"),
+    ("branch always", "bra $L__BB0_2;"),
+    ("branch never", ""),
+    ("swap operands", "fma.rn.f32 %f5, %f3, %f2, %f1;"),
+    ("fma to mul", "mul.rn.f32 %f5, %f1, %f2;"),
+    ("swap operands", "sub.f32 %f6, 0f3F800000, %f1;"),
+    ("sub to add", "add.f32 %f6, %f1, 0f3F800000;"),
+    ("constant", "sub.f32 %f6, %f1, 0f40000000;"),
+    ("shuffle down", "shfl.sync.down.b32 %r3|%p2, %r1, 16, 31, -1;"),
+    ("shuffle distance", "shfl.sync.bfly.b32 %r3|%p2, %r1, 8, 31, -1;"),
+    ("drop wait", ""),
+    ("loosen wait", "cp.async.wait_group 2;"),
+    ("constant", "add.s32 %r4, %r1, 5;"),
+]
+
+
+def test_every_kind_of_mutant():
+    found = [(mutant.kind, " ".join(mutant.becomes.split())) for mutant in mutants(KERNEL)]
+    assert found == EXPECTED
+
+
+def test_a_mutant_changes_its_one_line():
+    for mutant in mutants(KERNEL):
+        before, after = KERNEL.split("\n"), mutant.applied(KERNEL).split("\n")
+        changed = [n for n, (a, b) in enumerate(zip(before, after, strict=True), 1) if a != b]
+        assert changed == [mutant.line]
+        assert parse(before[mutant.line - 1]) is not None
+
+
+def test_a_mutant_names_its_source_line():
+    lines = (ROOT / "ptx/mutations.py").read_text(encoding="utf-8").splitlines()
+    first, second = mutants(KERNEL)[:2]
+    assert (first.where, first.source) == ("mutations.py:2", lines[1].strip())
+    assert second.where == "mutations.py:3"
+    assert "drop barrier: mutations.py:2" in str(first)
+
+
+def test_tritons_comments_lead_to_the_line_of_the_kernel():
+    text = KERNEL.replace("\t.loc\t1 2 3", "\t.loc\t3 9 3 // standard.py:9:3 @[ mutate.py:4:1 ]")
+    text += '\t.file\t3 "/elsewhere/standard.py"\n'
+    assert mutants(text)[0].where == "mutate.py:4"
+
+
+def test_what_is_no_instruction_is_left_alone():
+    for line in ("$L__BB0_2:", "\t.reg .pred %p<4>;", "", "// add.s32 %r1, %r1, 1;", "}"):
+        assert parse(line) is None
+
+
+def test_the_explained_survivors_are_complete_and_about_lines_that_exist():
+    sources = {
+        line.strip()
+        for folder in ("csrc", "kernels")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".cuh", ".cu", ".py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    }
+    entries = json.loads(EXPLAINED.read_text(encoding="utf-8"))
+    for entry in entries:
+        assert entry.keys() == {"kernel", "kind", "source", "why"}
+        assert entry["source"] in sources, f"no such line any more: {entry['source']}"
+        assert len(entry["why"]) > 20
+    keys = [(entry["kernel"], entry["kind"], entry["source"]) for entry in entries]
+    assert keys == sorted(set(keys))
+
+
+def test_the_tests_it_takes_exist():
+    assert all((ROOT / name).exists() for name in TESTS)
+
+
+# ---- children
+def fail() -> None:
+    raise ValueError("told to")
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_children_return_fail_crash_and_hang(jobs):
+    tasks = [
+        ("value", lambda: [1, "two"], 30),
+        ("failure", fail, 30),
+        ("crash", lambda: os.kill(os.getpid(), signal.SIGKILL), 30),
+        ("hang", lambda: time.sleep(60), 1),
+    ]
+    outcomes = dict(children.run(tasks, jobs))
+    assert outcomes["value"].value == [1, "two"]
+    assert "ValueError: told to" in outcomes["failure"].failure
+    assert outcomes["crash"].failure == "crash"
+    assert outcomes["hang"].failure == "hang"
