@@ -75,7 +75,7 @@ def copy_project(destination: Path, native: bool = True) -> Path:
     folders = ["kernels"]
     if native:
         names += ["setup.py", "CMakeLists.txt", "constraints.txt", "bootstrap.sh", "Makefile"]
-        folders += ["csrc", "tests", "bench"]
+        folders += ["csrc", "ptx", "tests", "bench"]
     for folder in folders:
         shutil.copytree(ROOT / folder, destination / folder, ignore=unwanted)
     for name in names:

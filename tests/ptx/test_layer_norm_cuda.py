@@ -27,6 +27,7 @@ from ptx import build
 from ptx.executor import readable
 from tests.layer_norm.test_layer_norm import NAMES, check, results
 from tests.ptx.conftest import ARCHS, SCHEDULES
+from tests.ptx.layer_norm_sums import SHORTEST, check_sums
 from tests.tolerance import assert_as_exact_as_torch
 
 SOURCE = build.CSRC / "module_cuda.cu"
@@ -56,6 +57,8 @@ def check_rows(rows: int, cols: int, dtype: torch.dtype, parameter_dtype: torch.
     x = (torch.randn(rows, cols) * 3 + torch.randn(rows, 1)).to(dtype)
     weight, bias = random(cols, dtype=parameter_dtype), random(cols, dtype=parameter_dtype)
     check(x, (cols,), weight, bias, random(rows, cols, dtype=dtype))
+    if rows and cols >= SHORTEST:
+        check_sums(rows, cols, dtype, parameter_dtype)
 
 
 def lengths(switch: int) -> range:

@@ -19,6 +19,7 @@ import ptx
 from kernels import dispatch
 from kernels.layer_norm import layer_norm
 from tests.layer_norm.test_layer_norm import check
+from tests.ptx.layer_norm_sums import SHORTEST, check_sums
 
 pytest.importorskip("triton")
 from kernels.layer_norm import triton as forward_module
@@ -49,6 +50,8 @@ def run(
     options = {"schedule": schedule, "seed": cols, "multiprocessors": 1}
     with ptx.run(arch, **options) as session, dispatch.use("triton"):
         check(x, (cols,), weight, bias, dy)
+        if cols >= SHORTEST:
+            check_sums(rows, cols, dtype, weight_dtype or dtype)
     return {launch.name for launch in session.launches}
 
 

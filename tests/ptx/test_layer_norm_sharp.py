@@ -1,0 +1,83 @@
+"""Inputs whose results tell of every single element, for the layer norm's cuda and triton kernels.
+
+With random inputs one lost element of a long row changes its mean by less than bfloat16 rounds.
+Here x is 3 ± 1 and dy is 2 ± 3 with the same signs: both directions that the backward removes, so
+dx is nearly 0 unless an element of a sum is lost, doubled or taken from elsewhere; the statistics
+and, with float32 parameters, dweight and dbias are seen in float32 whatever the dtype of x.
+The mutation test (ptx/mutate.py) showed the need: half of its mutants of long rows had survived.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ptx
+from kernels import dispatch
+from kernels.layer_norm import reference
+
+EPS = 1e-5
+# With 128-bit vectors and without: each number of columns per thread or tile, and swept rows. Rows
+# enough that the threads of the one multiprocessor go round more than once.
+SHAPES = [(300, 64), (300, 65), (70, 256), (70, 255), (40, 512), (40, 511), (40, 1024), (40, 1001)]
+SHAPES += [(9, 2048), (9, 2047), (5, 8192), (5, 8191), (5, 16384), (4, 16392), (4, 16385)]
+ARCHS = {torch.bfloat16: "sm_90a", torch.float16: "sm_80", torch.float32: "sm_100a"}
+TRITON_ARCHS = {torch.bfloat16: "sm_90a", torch.float16: "sm_80", torch.float32: "sm_80"}
+
+
+def balanced_signs(rows: int, cols: int) -> torch.Tensor:
+    """±1 in a random order, as many of each in a row as an odd length allows."""
+    order = torch.rand(rows, cols).argsort(1)
+    return torch.where(order % 2 == 0, 1.0, -1.0)
+
+
+def check(backend: str, arch: str, rows: int, cols: int, dtype: torch.dtype, **options) -> None:
+    signs = balanced_signs(rows, cols)
+    x, dy = (3 + signs).to(dtype), (2 + 3 * signs).to(dtype)
+    weight, bias = torch.ones(cols), torch.zeros(cols)
+    module = dispatch.load("layer_norm", backend)
+    with ptx.run(arch, multiprocessors=1, **options):
+        y, statistics = module.forward(x, (cols,), weight, bias, EPS)
+        gradients = module.backward(dy, x, (cols,), weight, bias, statistics, (True, True, True))
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    exact_y = F.layer_norm(leaves[0], (cols,), leaves[1], leaves[2], EPS)
+    exact = torch.autograd.grad(exact_y, leaves, dy.double())
+    exact_statistics = reference.row_statistics(x.double(), (cols,), EPS)
+
+    assert_near(statistics, exact_statistics, 1e-6)
+    assert_near(y, exact_y.detach(), torch.finfo(dtype).eps)
+    for name, found, right, size in zip(
+        ("dx", "dweight", "dbias"), gradients, exact, (5, 5 * rows, 5 * rows), strict=True
+    ):
+        # dx is the small rest of terms of size 5, rounded once more to its own dtype.
+        rounding = torch.finfo(found.dtype).eps * right.abs().max().item()
+        assert_near(found, right, 2e-6 * size + rounding, name)
+
+
+def assert_near(found: torch.Tensor, right: torch.Tensor, tolerance: float, name: str = "") -> None:
+    error = (found.double().reshape(right.shape) - right).abs().max().item()
+    assert error <= tolerance, f"{name}: error {error:.2e}, allowed {tolerance:.2e}"
+
+
+@pytest.mark.parametrize("dtype", ARCHS, ids=str)
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_cuda(rows, cols, dtype):
+    check("cuda", ARCHS[dtype], rows, cols, dtype)
+
+
+@pytest.mark.parametrize("dtype", TRITON_ARCHS, ids=str)
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_triton(rows, cols, dtype):
+    pytest.importorskip("triton")
+    check("triton", TRITON_ARCHS[dtype], rows, cols, dtype)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("cols", [64, 65])
+def test_every_number_of_rows_of_a_tile(backend, cols):
+    """Up to 32 rows in a block of cuda's and in a tile of Triton's: where the last one ends."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    for rows in range(1, 34):
+        check(backend, "sm_90a", rows, cols, torch.bfloat16)
