@@ -20,9 +20,9 @@ from typing import Any
 import pybind11
 from tqdm import tqdm
 
-from bench import cases, occupancy, sass
+from bench import cases, sass
 from bench.loops import innermost_loops
-from ptx import build, cache
+from ptx import build, cache, occupancy
 from ptx.machine_code import MachineCode, count_ptx_instructions
 
 ROOT = Path(__file__).parent.parent

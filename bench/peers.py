@@ -1,7 +1,8 @@
 """The same calls by Liger's kernels and by torch.compile's generated Triton, counted beside ours.
 
-Everything runs on the executor; times are the model's (ptx/model.py), under its heading. Liger is
-optional: pip install --no-deps liger-kernel.
+Everything runs on the executor; times are the model's (ptx/model.py), under its heading. Output and
+gradients of each are compared with float64 first. Liger is optional: pip install --no-deps
+liger-kernel.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from tqdm import tqdm
 import ptx
 from bench import cases
 from bench.compiled import cuda_code
-from kernels import dispatch
+from kernels import _accuracy, dispatch
 from kernels.layer_norm import layer_norm
 from ptx import counters, gpu, inductor, model
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 EPS = 1e-5
+WRONG = 0.1  # relative error; bfloat16 sums of a peer may err by percents
 
 
 def _ours(backend: str, session: ptx.Session) -> Iterator[Callable[..., torch.Tensor]]:
@@ -64,12 +66,25 @@ PEERS: dict[str, Callable[[ptx.Session], Iterator[Callable[..., torch.Tensor]]]]
 }
 
 
-def _microseconds(launches: list[Any], session: ptx.Session) -> float:
-    total = 0.0
+def _microseconds(launches: list[Any], session: ptx.Session) -> str:
+    total, spills = 0.0, False
     for launch in launches:
         code = getattr(launch, "code", None) or cuda_code(launch.kernel, session.arch)
-        total += model.estimate(launch, session.gpu, code).microseconds
-    return total
+        estimate = model.estimate(launch, session.gpu, code)
+        total += estimate.microseconds
+        spills |= estimate.spills
+    return "spills, not modelled" if spills else f"{total:.1f}"
+
+
+def _check(got: list[torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor) -> float:
+    """The largest error of y and the gradients, relative to each's largest value."""
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y = _torch(*exact)
+    want = [y, *torch.autograd.grad(y, exact, dy.double())]
+    worst = max(_accuracy.error(g, w.detach()) for g, w in zip(got, want, strict=True))
+    if not worst <= WRONG:
+        raise ArithmeticError(f"error {worst:.1e}: what is wrong is not counted")
+    return worst
 
 
 def _rows(arch: str, call: cases.Call, peer: str) -> list[list[str]]:
@@ -83,7 +98,8 @@ def _rows(arch: str, call: cases.Call, peer: str) -> list[list[str]]:
         with contextlib.contextmanager(PEERS[peer])(session) as function:
             y = function(*leaves)
             forward = len(session.launches)
-            torch.autograd.grad(y, leaves, dy)
+            gradients = torch.autograd.grad(y, leaves, dy)
+        error = _check([y, *gradients], leaves, dy)
         parts = {"forward": session.launches[:forward], "backward": session.launches[forward:]}
         for direction, launches in parts.items():
             least = cases.least_bytes(call, direction)
@@ -96,7 +112,8 @@ def _rows(arch: str, call: cases.Call, peer: str) -> list[list[str]]:
                     f"{moved / 1e6:.2f}",
                     f"{moved / least:.2f}",
                     f"{counters.wavefronts_over_ideal(launches):.2f}",
-                    f"{_microseconds(launches, session):.1f}",
+                    f"{error:.1e}",
+                    _microseconds(launches, session),
                 ]
             )
     return rows
@@ -111,7 +128,8 @@ def show() -> int:
     ]
     if "liger" not in peers:
         print("Liger is not installed: pip install --no-deps liger-kernel")
-    headers = ["call", "by", "kernels", "MB moved", "over least", "wavefronts", "modelled µs"]
+    headers = ["call", "by", "kernels", "MB moved", "over least", "wavefronts", "error"]
+    headers.append("modelled µs")
     for arch in ARCHITECTURES:
         rows = []
         for call in tqdm(cases.COUNTED, f"counting for {arch}", leave=False):

@@ -10,11 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 WARP = 32  # threads
-REGISTERS = 65536  # 32-bit, of a multiprocessor; a quarter belongs to each of its partitions
-PARTITIONS = 4
-WARPS, BLOCKS = 64, 32  # most that a multiprocessor holds at a time
-REGISTER_UNIT = 256  # a warp gets registers in these
-SHARED_UNIT, SHARED_SYSTEM = 128, 1024  # bytes; the system takes its part of every block's
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,6 @@ class Gpu:
     arch: int  # 90 for sm_90
     multiprocessors: int
     shared_per_block: int  # bytes, the most a launch may ask for
-    shared_per_multiprocessor: int  # bytes
     speed: Speed | None  # None: not modelled
 
     @property
@@ -51,7 +45,6 @@ A100 = Gpu(
     arch=80,
     multiprocessors=108,
     shared_per_block=163 * _KB,
-    shared_per_multiprocessor=164 * _KB,
     speed=Speed(
         clock_ghz=1.41,
         dram_bytes_per_us=2039e3,
@@ -67,7 +60,6 @@ H100 = Gpu(
     arch=90,
     multiprocessors=132,
     shared_per_block=227 * _KB,
-    shared_per_multiprocessor=228 * _KB,
     speed=Speed(
         clock_ghz=1.755,
         dram_bytes_per_us=3352e3,
@@ -83,7 +75,6 @@ B200 = Gpu(
     arch=100,
     multiprocessors=148,
     shared_per_block=227 * _KB,
-    shared_per_multiprocessor=228 * _KB,
     speed=None,
 )
 _BY_ARCH = {gpu.arch: gpu for gpu in (A100, H100, B200)}
@@ -96,20 +87,3 @@ def gpu_of(arch: str) -> Gpu:
         accepted = ", ".join(f"sm_{known} ({gpu.name})" for known, gpu in _BY_ARCH.items())
         raise ValueError(f"arch {arch!r} is not one of {accepted}; a and f may follow the number")
     return _BY_ARCH[int(number)]
-
-
-def _round_up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
-
-
-def occupancy(gpu: Gpu, threads: int, registers: int, shared: int) -> int:
-    """Blocks that a multiprocessor holds at a time.
-
-    `threads` are those of a block, `registers` those of a thread, `shared` the bytes a block asks
-    for, static and dynamic.
-    """
-    warps = _round_up(threads, WARP) // WARP
-    registers_of_warp = _round_up(max(registers, 1) * WARP, REGISTER_UNIT)
-    by_registers = REGISTERS // PARTITIONS // registers_of_warp * PARTITIONS // warps
-    by_shared = gpu.shared_per_multiprocessor // _round_up(shared + SHARED_SYSTEM, SHARED_UNIT)
-    return min(BLOCKS, WARPS // warps, by_registers, by_shared)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ptx import build
+from ptx import build, occupancy
 from ptx.executor import Executor, Launch, Refused
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class HostCode:
             *gpu.capability,
             session.multiprocessors,
             gpu.shared_per_block,
-            gpu.shared_per_multiprocessor,
+            occupancy.multiprocessor(session.arch).shared,
         )
         self.library.ptx_cudart_connect(*self._callbacks, ctypes.byref(device))
 

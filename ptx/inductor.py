@@ -18,7 +18,8 @@ from torch._inductor import compile_fx, config, graph, utils
 from torch._inductor.runtime import hints, triton_helpers, triton_heuristics
 from torch._subclasses import FakeTensor
 
-from ptx.gpu import REGISTERS, WARP, WARPS, Gpu
+from ptx.gpu import WARP, Gpu
+from ptx.occupancy import REGISTERS, multiprocessor
 from ptx.session import Session
 from ptx.triton_driver import MAX_THREADS
 
@@ -57,7 +58,7 @@ def _pretend_gpu(stack: contextlib.ExitStack, gpu: Gpu) -> None:
         cc=gpu.arch,
         major=gpu.capability[0],
         regs_per_multiprocessor=REGISTERS,
-        max_threads_per_multi_processor=WARPS * WARP,
+        max_threads_per_multi_processor=multiprocessor(str(gpu.arch)).threads,
         max_threads_per_block=MAX_THREADS,
         warp_size=WARP,
     )

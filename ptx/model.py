@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ptx import occupancy
 from ptx.executor import Launch
-from ptx.gpu import WARP, Gpu, Speed, occupancy
+from ptx.gpu import WARP, Gpu, Speed
 from ptx.machine_code import MachineCode
 
 HEADING = "model, not measured"
@@ -64,7 +65,9 @@ def estimate(launch: Launch, gpu: Gpu, code: MachineCode) -> Estimate:
     shared = launch.static_shared + launch.dynamic_shared
     warps = -(-threads // WARP)
     busiest = math.ceil(grid / gpu.multiprocessors)  # blocks of the busiest multiprocessor
-    resident = max(1, min(occupancy(gpu, threads, code.registers, shared), busiest))
+    resident = max(
+        1, min(occupancy.blocks(str(gpu.arch), threads, code.registers, shared), busiest)
+    )
     cycles = _pipe_cycles(launch, gpu, speed, code)
     cycles["issue"] /= min(1.0, ISSUE_PER_WARP * resident * warps / SCHEDULERS)
     per_us = speed.clock_ghz * 1e3

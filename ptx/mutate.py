@@ -35,7 +35,7 @@ from ptx.cache import ROOT, digest
 from ptx.executor import readable
 from ptx.mutations import Mutant, mutants
 
-TESTS = ("tests/ptx/test_layer_norm_cuda.py", "tests/ptx/test_layer_norm_triton.py")
+TESTS = tuple(f"tests/ptx/test_layer_norm_{part}.py" for part in ("sharp", "cuda", "triton"))
 EXPLAINED = Path(__file__).with_name("mutants.json")
 # The dtype whose instances of a CUDA kernel are mutated; all template shapes are.
 DTYPE = "__nv_bfloat16"

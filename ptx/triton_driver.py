@@ -22,7 +22,8 @@ from triton.runtime.cache import get_cache_manager
 
 from ptx import build, machine_code, model, triton_arguments
 from ptx.executor import Launch, Refused, Report
-from ptx.gpu import REGISTERS, WARP
+from ptx.gpu import WARP
+from ptx.occupancy import REGISTERS
 
 if TYPE_CHECKING:
     from ptx.session import Session

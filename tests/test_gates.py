@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import gates, occupancy, sass
+from bench import gates, sass
 from bench.loops import innermost_loops
+from ptx import occupancy
 
 USAGE = """
 Resource usage:

@@ -64,7 +64,7 @@ int ptx_set_option(const char* name, int64_t value) {
   return 0;
 }
 
-// Guard zones of at least 4 KiB lie around an allocation. Unwritten memory is filled with 0xff.
+// Guard zones of at least 1 MiB lie around an allocation. Unwritten memory is filled with 0xff.
 // NULL: the arena is full (or the system gives no address space).
 void* ptx_alloc(size_t bytes, const char* name, size_t align, int written) {
   return allocate(bytes, name, align, written);

@@ -42,7 +42,9 @@ def check_sums(rows: int, cols: int, dtype: torch.dtype, parameter_dtype: torch.
     dx = rstd * (g - g.mean(1, keepdim=True) - xhat * along_xhat)
     exact = dx, (dy.double() * xhat).sum(0), dy.double().sum(0)
     terms = (g.abs() * rstd).max(), (dy.double() * xhat).abs().sum(0).max(), dy.abs().sum(0).max()
-    for name, result, want, size in zip(("dx", "dweight", "dbias"), ours, exact, terms, strict=True):
+    for name, result, want, size in zip(
+        ("dx", "dweight", "dbias"), ours, exact, terms, strict=True
+    ):
         largest = want.abs().max().item()
         cancelled = 32 * torch.finfo(torch.float32).eps * size.item() / largest
         error = _accuracy.error(result, want)

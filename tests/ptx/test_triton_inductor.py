@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import ptx
-from ptx import model
-from ptx.gpu import A100, B200, H100, gpu_of, occupancy
+from ptx import model, occupancy
+from ptx.gpu import A100, B200, H100, gpu_of
 from tests.tolerance import assert_as_exact_as_torch
 
 triton = pytest.importorskip("triton")
@@ -98,7 +98,7 @@ def test_gpus_are_found_by_architecture():
     assert gpu_of("sm_90a") is H100
     with pytest.raises(ValueError, match=r"sm_75.*sm_80 \(A100\)"):
         gpu_of("sm_75")
-    # 130 registers on an H100 leave room for 3 blocks of 128 threads, 128 registers for 4.
-    assert [occupancy(H100, 128, registers, 40960) for registers in (128, 130)] == [4, 3]
-    assert occupancy(A100, 1024, 64, 0) == 1
-    assert occupancy(H100, 32, 16, 100 * 1024) == 2
+    # 130 registers leave room for 3 blocks of 128 threads, 128 registers for 4.
+    assert [occupancy.blocks("90a", 128, count, 40960) for count in (128, 130)] == [4, 3]
+    assert occupancy.blocks("80", 1024, 64, 0) == 1
+    assert occupancy.blocks("90a", 32, 16, 100 * 1024) == 2

@@ -1,4 +1,4 @@
-"""How many blocks of a kernel a multiprocessor holds: NVIDIA's occupancy rules for our targets.
+"""How many blocks of a kernel a multiprocessor holds: NVIDIA's occupancy rules for all targets.
 
 tests/test_gates.py compares it with NVIDIA's own calculator, cuda_occupancy.h.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WARP = 32
+from ptx.gpu import WARP
+
 REGISTERS = 65536  # of a multiprocessor, on every target; a quarter belongs to each partition
 PARTITIONS = 4
 REGISTER_UNIT = 256  # registers are handed out to warps in these
@@ -32,15 +33,20 @@ MULTIPROCESSORS = {
 }
 
 
-def blocks(target: str, threads: int, registers: int, shared: int) -> int:
-    """Blocks that a multiprocessor of `target` ("80", "90a", "sm_120a"…) holds at a time.
-
-    `registers` are those of a thread, `shared` the bytes a block asks for, static and dynamic.
-    """
+def multiprocessor(target: str) -> Multiprocessor:
+    """What a multiprocessor of `target` ("80", "90a", "sm_120a"…) holds at most."""
     number = target.removeprefix("sm_").rstrip("af")
     if number not in MULTIPROCESSORS:
         raise ValueError(f"target {target!r} is not one of sm_{', sm_'.join(MULTIPROCESSORS)}")
-    limits = MULTIPROCESSORS[number]
+    return MULTIPROCESSORS[number]
+
+
+def blocks(target: str, threads: int, registers: int, shared: int) -> int:
+    """Blocks that a multiprocessor of `target` holds at a time.
+
+    `registers` are those of a thread, `shared` the bytes a block asks for, static and dynamic.
+    """
+    limits = multiprocessor(target)
     warps = _ceil_div(threads, WARP)
     per_warp = _ceil_div(max(registers, 1) * WARP, REGISTER_UNIT) * REGISTER_UNIT
     by_registers = REGISTERS // PARTITIONS // per_warp * PARTITIONS // warps
