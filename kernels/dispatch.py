@@ -127,15 +127,12 @@ def use(backend: str) -> Iterator[None]:
         _forced = previous
 
 
-def offered_to_cpu_first(op: str) -> ModuleType | None:
-    """The `cpu` backend's module where a call on plain CPU tensors is offered to it first.
+def offered_to_cpu_first() -> bool:
+    """Whether a call on plain CPU tensors is offered to the `cpu` backend before any other.
 
-    For a caller that knows the backend to accept: it need not ask `choose`.
+    A caller that knows the backend to accept need not ask `choose`.
     """
-    if _forced in (None, "cpu") and not torch._C._len_torch_dispatch_stack():
-        module = load(op, "cpu")
-        return None if isinstance(module, str) else module
-    return None
+    return (_forced is None or _forced == "cpu") and not torch._C._len_torch_dispatch_stack()
 
 
 @dataclass(frozen=True)

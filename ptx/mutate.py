@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from ptx import build, cache, children
 from ptx.cache import ROOT, digest
-from ptx.executor import readable
+from ptx.executor import Executor, Launch, readable
 from ptx.mutations import Mutant, mutants
 
 TESTS = tuple(f"tests/ptx/test_layer_norm_{part}.py" for part in ("sharp", "cuda", "triton"))
@@ -81,19 +81,24 @@ def _run_test(item: pytest.Item) -> str:
 
 
 def _baseline(item: pytest.Item) -> dict[str, Any]:
-    """Runs one test as it stands: how it went, and the folders of the kernels it loaded."""
-    loaded = []
-    library = build.kernel_library
+    """Runs one test as it stands: how it went, and how often it launched each kernel's library."""
+    launches: Counter[str] = Counter()
+    libraries: dict[int, str] = {}  # by the executor's number of the kernel
+    load, launch = Executor.load, Executor.launch
 
-    def recording(ptx: str) -> Path:
-        path = library(ptx)
-        loaded.append(str(path))
-        return path
+    def noting(executor: Executor, library: Path) -> dict[str, int]:
+        kernels = load(executor, library)
+        libraries.update(dict.fromkeys(kernels.values(), str(library)))
+        return kernels
 
-    build.kernel_library = recording
+    def counting(executor: Executor, kernel: int, *arguments: Any) -> Launch:
+        launches[libraries[kernel]] += 1
+        return launch(executor, kernel, *arguments)
+
     start = time.perf_counter()
-    failure = _run_test(item)
-    return {"failure": failure, "seconds": time.perf_counter() - start, "kernels": loaded}
+    with patch.object(Executor, "load", noting), patch.object(Executor, "launch", counting):
+        failure = _run_test(item)
+    return {"failure": failure, "seconds": time.perf_counter() - start, "launches": launches}
 
 
 def _try(
@@ -137,10 +142,10 @@ class Plugin:
 
     def _kernels(self, items: dict[str, pytest.Item]) -> tuple[list[Kernel], dict[str, float]]:
         found = self._baselines(items)
-        texts: dict[str, set[str]] = defaultdict(set)  # PTX -> tests
+        texts: dict[str, Counter[str]] = defaultdict(Counter)  # PTX -> launches by each test
         for name, baseline in found.items():
-            for library in baseline["kernels"]:
-                texts[(Path(library).parent / "kernel.ptx").read_text()].add(name)
+            for library, launches in baseline["launches"].items():
+                texts[(Path(library).parent / "kernel.ptx").read_text()][name] += launches
         seconds = {name: baseline["seconds"] for name, baseline in found.items()}
         return _grouped(texts, seconds, self.options.kernel), seconds
 
@@ -207,9 +212,11 @@ def _body(ptx: str) -> str:
     return re.sub(r"^(\.version|\.target|//).*$", "", ptx, flags=re.MULTILINE)
 
 
-def _grouped(texts: dict[str, set[str]], seconds: dict[str, float], wanted: str) -> list[Kernel]:
-    """The kernels to mutate. Of the texts of one kernel those whose tests take longest are taken,
-    which is what the sweeps of sizes launch: code for one architecture, or of a Triton kernel one
+def _grouped(
+    texts: dict[str, Counter[str]], seconds: dict[str, float], wanted: str
+) -> list[Kernel]:
+    """The kernels to mutate. Of the texts of one kernel those launched most often are taken, which
+    the sweeps of sizes are made of: code for one architecture, or of a Triton kernel one
     specialisation with vectors and one without.
     """
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -221,13 +228,12 @@ def _grouped(texts: dict[str, set[str]], seconds: dict[str, float], wanted: str)
         if "<" not in name and name.startswith("_"):
             name += "<vectors>" if re.search(r"ld\.global\S*\.v[24]", ptx) else "<elements>"
         groups[name, digest(_body(ptx))].append(ptx)
-    best: dict[str, tuple[float, Kernel]] = {}
+    best: dict[str, tuple[int, Kernel]] = {}
     for (name, _), alike in groups.items():
-        tests = {test for ptx in alike for test in texts[ptx]}
-        spent = sum(seconds[test] for test in tests)
-        if wanted in name and (name not in best or spent > best[name][0]):
-            quickest_first = sorted(tests, key=lambda test: seconds[test])
-            best[name] = spent, Kernel(name, sorted(alike), quickest_first)
+        launches = sum((texts[ptx] for ptx in alike), Counter())
+        if wanted in name and (name not in best or sum(launches.values()) > best[name][0]):
+            quickest_first = sorted(launches, key=lambda test: seconds[test])
+            best[name] = sum(launches.values()), Kernel(name, sorted(alike), quickest_first)
     return [kernel for _, (_, kernel) in sorted(best.items())]
 
 

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from kernels import _native
 from kernels.dispatch import define, offered_to_cpu_first
-from kernels.layer_norm import reference
+from kernels.layer_norm import cpu, reference
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
@@ -25,6 +25,12 @@ choose = define(
     backward="(Tensor dy, Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias,"
     " Tensor statistics, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
 )
+
+
+# Under their own names, as every attribute that is looked up shows in a call of microseconds.
+_is_compiling = torch.compiler.is_dynamo_compiling
+_is_transforming = torch._C._are_functorch_transforms_active
+_is_grad_enabled = torch.is_grad_enabled
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -55,7 +61,7 @@ class LayerNormFunction(torch.autograd.Function):
         backend, shape, bias, statistics, eps = ctx.rest
         _, with_dx, _, with_dweight, with_dbias, _ = ctx.needs_input_grad
         mask = (with_dx, with_dweight, with_dbias)
-        if torch.is_grad_enabled():
+        if _is_grad_enabled():
             # create_graph: the statistics depend on x, so they take part in the second derivative.
             statistics = reference.row_statistics(x, shape, eps)
             backend = reference
@@ -121,21 +127,22 @@ def layer_norm(
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps=eps
         )
-    compiling = torch.compiler.is_compiling()
-    backend = None
+    compiling = _is_compiling()
+    backend: Any = None
     if not compiling and _takes(input, normalized_shape, weight, bias, eps):
         shape: tuple[int, ...] = normalized_shape  # type: ignore[assignment]
-        backend = offered_to_cpu_first("layer_norm")
+        if offered_to_cpu_first():
+            backend = cpu
     else:
         shape, eps = _check(input, normalized_shape, weight, bias, eps)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _is_transforming() or forward_ad._current_level >= 0:
         # A kernel on raw memory cannot take part in these transforms.
         return F.layer_norm(input, shape, weight, bias, eps)
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         with torch.autocast("cuda", enabled=False):
             arguments = _to_float32(input), shape, _to_float32(weight), _to_float32(bias), eps
             return layer_norm(*arguments)
-    if torch.is_grad_enabled() and (
+    if _is_grad_enabled() and (
         input.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)

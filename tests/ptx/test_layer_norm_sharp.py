@@ -104,3 +104,19 @@ def test_swept_rows_that_end_anywhere_in_a_step(backend, dtype):
     arch = (ARCHS if backend == "cuda" else TRITON_ARCHS)[dtype]
     for cols in TAILS:
         check(backend, arch, 2, cols, dtype, dtype)
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_rows_of_equal_values_have_no_variance(backend, rows, cols):
+    """What rounding took from the first mean is put right: rstd shows the rest 300 times larger."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    x = (torch.rand(rows, 1) + 100).expand(rows, cols).contiguous()
+    module = dispatch.load("layer_norm", backend)
+    arch = (ARCHS if backend == "cuda" else TRITON_ARCHS)[x.dtype]
+    with ptx.run(arch, multiprocessors=1):
+        y, statistics = module.forward(x, (cols,), None, None, EPS)
+    assert_near(y, torch.zeros_like(x).double(), 1e-2)  # 4 units in the last place of the mean
+    assert_near(statistics, reference.row_statistics(x.double(), (cols,), EPS), 1e-3)
+    assert_near(statistics[:rows], x[:, 0].double(), 1e-5)
