@@ -225,6 +225,7 @@ class _Locations:
         }
         self._callers: dict[tuple[str, str, str], tuple[str, str, str]] = {}
         self._frames: list[tuple[Path, int]] = []
+        self._own: tuple[Path, int] | None = None  # the last line of this project
 
     def read(self, line: str) -> None:
         found = re.match(r"\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)", line)
@@ -250,7 +251,8 @@ class _Locations:
         if not self._frames:
             return "", ""
         own = [frame for frame in self._frames if frame[0].is_relative_to(ROOT)]
-        path, number = (own or self._frames)[0]
+        self._own = own[0] if own else self._own  # some of Triton's lines lack their callers
+        path, number = self._own or self._frames[0]
         lines = _lines(path)
         text = lines[number - 1].strip() if 0 < number <= len(lines) else ""
         return f"{path.name}:{number}", text
