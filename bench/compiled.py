@@ -11,21 +11,19 @@ import functools
 import importlib.metadata
 import re
 import subprocess
-import sysconfig
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pybind11
 from tqdm import tqdm
 
 from bench import cases, sass
 from bench.loops import innermost_loops
-from ptx import build, cache, occupancy
+from ptx import build, occupancy
 from ptx.machine_code import MachineCode, count_ptx_instructions
 
-ROOT = Path(__file__).parent.parent
+SOURCE = build.CSRC / "module_cuda.cu"
 CUDA_TARGETS = ("80", "86", "89", "90a", "100a", "120a")
 SIMDS = 4  # of an AMD compute unit
 
@@ -35,19 +33,7 @@ Row = dict[str, float]
 # ---- CUDA ----------------------------------------------------------------------------------------
 def _cubin(target: str) -> Path:
     """The package's CUDA module as machine code for one target."""
-    source = ROOT / "csrc" / "module_cuda.cu"
-    flags = [flag for flag in build.cuda_flags() if not flag.startswith("--threads")]
-    flags += ["-cubin", f"-arch=sm_{target}"]
-    for folder in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")):
-        flags.append(f"-I{folder}")
-
-    def make(folder: Path) -> None:
-        command = [build.nvcc(), *flags, "-o", str(folder / "kernels.cubin"), str(source)]
-        subprocess.run(command, check=True)
-
-    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh"))
-    key = cache.digest(_version(build.nvcc()), *flags, *sources)
-    return cache.cached(f"cubin-{key}", make) / "kernels.cubin"
+    return build.nvcc_cubin(SOURCE, f"sm_{target}")
 
 
 def _version(nvcc: str) -> str:
@@ -91,7 +77,7 @@ def _machine_code(
 
 def cuda() -> dict[str, dict[str, Row]]:
     """ "cuda sm_80" -> short kernel name -> row."""
-    if not list((ROOT / "csrc").rglob("*.cu")):
+    if not list(build.CSRC.rglob("*.cu")):
         return {}
 
     def measure(target: str) -> dict[str, Row]:
@@ -113,7 +99,7 @@ def cuda_code(kernel: str, arch: str) -> MachineCode:
     usage = _tool_output("-res-usage", cubin)
     resources = sass.resources(usage)[kernel]
     code = sass.functions(_tool_output("-sass", cubin))[kernel]
-    text = build.kernel_ptx(ROOT / "csrc" / "module_cuda.cu", arch, kernel)
+    text = build.kernel_ptx(SOURCE, arch, kernel)
     return MachineCode(
         registers=resources.registers,
         stack=resources.stack,

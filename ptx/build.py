@@ -108,6 +108,11 @@ def nvcc_ptx(source: Path, arch: str) -> str:
     return _nvcc(source, "kernels.ptx", [*cuda_flags(), "-ptx", f"-arch={arch}"]).read_text()
 
 
+def nvcc_cubin(source: Path, arch: str) -> Path:
+    """The machine code of every kernel of `source`, compiled as the package compiles it."""
+    return _nvcc(source, "kernels.cubin", [*cuda_flags(), "-cubin", f"-arch={arch}"])
+
+
 @functools.cache
 def _translator() -> list[Path]:
     """The files that ptx.translate is made of: what its output depends on."""

@@ -15,8 +15,6 @@ using namespace ptx;
 
 namespace {
 
-int (*loader)(const char* name) = nullptr;
-void (*observer)() = nullptr;
 std::string result_text;
 
 using Setter = void (*)(int64_t value);
@@ -87,12 +85,8 @@ void ptx_set_accessible(void* p, size_t n, const uint8_t* flags) {
 // sectors that requests for reading and for writing asked for (of the whole allocation).
 void ptx_footprint(const void* p, size_t n, uint64_t out[7]) { footprint(p, n, out); }
 
-// The kernel's index; asks the loader for one that is not registered. -1: unknown.
-int ptx_find_kernel(const char* name) {
-  int index = find_kernel(name);
-  if (index < 0 && loader && loader(name) == 0) index = find_kernel(name);
-  return index;
-}
+// The kernel's index; -1: not registered.
+int ptx_find_kernel(const char* name) { return find_kernel(name); }
 int ptx_kernel_count() { return static_cast<int>(kernel_count()); }
 const char* ptx_kernel_name(int index) {
   const Kernel* kernel = kernel_at(index);
@@ -125,9 +119,7 @@ int ptx_launch(int index, const uint32_t grid[3], const uint32_t block[3], uint6
   if (!kernel) return -1;
   launch(*kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, dynamic_shared,
          static_cast<const unsigned char*>(parameters));
-  int found = static_cast<int>(reports.size());  // the observer may launch
-  if (observer) observer();
-  return found;
+  return static_cast<int>(reports.size());
 }
 // JSON; valid until the next call.
 const char* ptx_result() {
@@ -143,10 +135,5 @@ const char* ptx_encode_tensor_map(void* map, int data_type, uint32_t rank, const
   return encode_tensor_map(map, data_type, rank, address, sizes, strides, box, element_strides,
                            interleave, swizzle, fill);
 }
-
-// Asked for a kernel that is not registered; loads it and returns 0, or 1: unknown.
-void ptx_set_loader(int (*function)(const char* name)) { loader = function; }
-// Called after every launch, so that launches by native host code are seen too.
-void ptx_set_observer(void (*function)()) { observer = function; }
 
 }  // extern "C"
