@@ -41,11 +41,15 @@ def unsupported(*_: object) -> str | None:
     return None
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide_dtype(x))
 
 
-def _for_every_head(x: Tensor, heads: int) -> Tensor:
+def for_every_head(x: Tensor, heads: int) -> Tensor:
     """[B, Hkv, Tk, D] -> [B, H, Tk, D]: each key head once for every query head it serves."""
     batch, kv_heads, length, size = x.shape
     if kv_heads == heads:
@@ -53,8 +57,8 @@ def _for_every_head(x: Tensor, heads: int) -> Tensor:
     return x[:, :, None].expand(batch, kv_heads, heads // kv_heads, length, size).flatten(1, 2)
 
 
-def _sum_heads(x: Tensor, kv_heads: int) -> Tensor:
-    """The transpose of _for_every_head."""
+def sum_heads(x: Tensor, kv_heads: int) -> Tensor:
+    """The transpose of for_every_head."""
     return x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2)
 
 
@@ -62,7 +66,7 @@ def _scores(
     query: Tensor, key: Tensor, extras: Extras, grid: Grid, pattern: Pattern, scaling: Scaling
 ) -> tuple[Tensor, Tensor | None]:
     """s [B, H, Tq, Tk], -inf where a key is not seen; and the softcap's tanh."""
-    s = (wide(query) @ _for_every_head(wide(key), query.shape[1]).transpose(-2, -1)) * scaling.scale
+    s = (wide(query) @ for_every_head(wide(key), query.shape[1]).transpose(-2, -1)) * scaling.scale
     tanh = None
     if scaling.softcap:
         tanh = torch.tanh(s / scaling.softcap)
@@ -130,7 +134,7 @@ def attend(
     kept = _kept(s, extras.seed, grid, pattern, scaling)
     if kept is not None:
         p = p * kept
-    return p @ _for_every_head(wide(value), query.shape[1]), lse
+    return p @ for_every_head(wide(value), query.shape[1]), lse
 
 
 def gradients(
@@ -155,7 +159,7 @@ def gradients(
     p = (s - finite[..., None]).exp()
     kept = _kept(s, extras.seed, grid, pattern, scaling)
     dout = wide(dout)
-    dp = dout @ _for_every_head(wide(value), heads).transpose(-2, -1)
+    dp = dout @ for_every_head(wide(value), heads).transpose(-2, -1)
     if kept is not None:
         dp = dp * kept
     delta = (dout * wide(out)).sum(-1)
@@ -168,12 +172,12 @@ def gradients(
     ds = ds * scaling.scale
     dquery = dkey = dvalue = dsinks = None
     if with_dquery:
-        dquery = ds @ _for_every_head(wide(key), heads)
+        dquery = ds @ for_every_head(wide(key), heads)
     if with_dkey:
-        dkey = _sum_heads(ds.transpose(-2, -1) @ wide(query), kv_heads)
+        dkey = sum_heads(ds.transpose(-2, -1) @ wide(query), kv_heads)
     if with_dvalue:
         weights = p if kept is None else p * kept
-        dvalue = _sum_heads(weights.transpose(-2, -1) @ dout, kv_heads)
+        dvalue = sum_heads(weights.transpose(-2, -1) @ dout, kv_heads)
     if with_dsinks and extras.sinks is not None:
         sink = extras.sinks.to(s.dtype)[:, None]
         dsinks = -((sink - finite).exp() * delta).sum((0, 2))
