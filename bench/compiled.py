@@ -1,6 +1,6 @@
 """What the compilers make of every kernel: registers, spills, shared memory, blocks, instructions.
 
-CUDA: csrc/<op>/module_cuda.cu with the package's own flags, one cubin per target, cached by contents.
+CUDA: csrc/<op>/module_cuda.cu with the package's own flags, a cubin per target, cached by contents.
 Triton: the kernels that the calls of cases.py launch, compiled without a GPU by Triton itself.
 Nothing here runs.
 """
