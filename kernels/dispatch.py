@@ -171,7 +171,7 @@ def define(op: str, forward: str, backward: str | None, gradients: int = 1) -> C
     """
     operators = Operators(
         _register(op, "forward", forward, first_argument=0),
-        backward and _register(op, "backward", backward, first_argument=gradients),
+        None if backward is None else _register(op, "backward", backward, gradients),
     )
 
     compiling, modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack

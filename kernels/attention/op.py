@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ class AttentionFunction(torch.autograd.Function):
 _apply = super(torch.autograd.Function, AttentionFunction).apply
 
 
-def _run(call: Call) -> tuple[Tensor, Tensor]:
+def run(call: Call) -> tuple[Tensor, Tensor]:
     """out and lse of a checked call."""
     query, key, value, mask, _, sinks = call[:6]
     if _is_transforming() or forward_ad._current_level >= 0:
@@ -215,7 +216,7 @@ def scaled_dot_product_attention(
         causal_alignment,
         seed,
     )
-    out, lse = _run(call)
+    out, lse = run(call)
     if len(lead) != 2:
         out, lse = out.reshape(*lead, *out.shape[2:]), lse.reshape(*lead, lse.shape[2])
     return (out, lse) if return_lse else out
@@ -242,7 +243,7 @@ def prepare(
     """The call as backends take it, and the output's leading dimensions; raises what is wrong."""
     name = broadcast.NAME
     checks.check_tensors(query, key, value, name)
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = checks.autocast(query, key, value, attn_mask)
     checks.as_bool(name, "enable_gqa", enable_gqa)
     length_q, length_k, head_dim = query.shape[-2], key.shape[-2], query.shape[-1]
     lead = broadcast.lead_shape(query, key, value, enable_gqa)
@@ -272,13 +273,9 @@ def prepare(
     return Call(*tensors, pattern, scaling), lead
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in the dtype of a surrounding autocast, which leaves float64 alone."""
-    device = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in tensors
-    )
+def backend_arguments(*arguments: Any, **keywords: Any) -> Call:
+    """What backends are asked about a public call; for dispatch.explain."""
+    call = inspect.signature(scaled_dot_product_attention).bind(*arguments, **keywords)
+    call.apply_defaults()
+    call.arguments.pop("return_lse")
+    return prepare(**call.arguments)[0]

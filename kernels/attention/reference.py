@@ -24,7 +24,7 @@ from kernels.attention.pattern import (
     visible,
 )
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, ...]  # of query, key, value, mask and sinks
 
 
 class Extras(NamedTuple):
