@@ -77,7 +77,7 @@ def _scores(
             slopes = slopes[..., None, None]
         else:
             slopes = slopes[grid.sequence].t()[None, ..., None]  # [1, H, Tq, 1]
-        s = s - slopes * (grid.key - grid.position[:, None]).abs()
+        s = s - slopes * (grid.key - grid.position[..., None]).abs()
     seen = visible(pattern, grid, extras.global_mask)
     if seen is not None:
         s = s.masked_fill(~seen, -torch.inf)
