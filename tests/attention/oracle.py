@@ -94,13 +94,18 @@ def weights(
 ) -> Tensor:
     """softmax [B, H, Tq, Tk] before dropout, and the lse in one more column.
 
-    `from_lse` computes exp(score - lse) instead, the same but for the rounding of lse: all that a
-    fused backward has, PyTorch's own included.
+    `from_lse` rounds elsewhere: the weights are exp(score - lse), as in every fused backward, and
+    queries and keys are scaled before their product, as in PyTorch's unfused path.
     """
     batch, heads, length_q, size = query.shape
     length_k = key.shape[2]
     key = key.repeat_interleave(heads // key.shape[1], 1)
-    scores = query @ key.transpose(-2, -1) * (size**-0.5 if scale is None else scale)
+    scale = size**-0.5 if scale is None else scale
+    if from_lse:
+        root = abs(scale) ** 0.5
+        scores = (query * root) @ (key * (root if scale > 0 else -root)).transpose(-2, -1)
+    else:
+        scores = query @ key.transpose(-2, -1) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
