@@ -67,9 +67,9 @@ def check(
 
     In the same dtype it is evaluated in two orders, as PyTorch's unfused path does and from lse and
     the rounded out as every fused backward does; the larger error counts.  The lse of 16-bit inputs
-    is held against PyTorch's fused one.  `cancels` is for calls
-    where most queries see hardly more than one key: p (dp - delta) is then the difference of two
-    equal numbers, and is measured by their size.
+    is held against PyTorch's fused one.  Gradients in float32 are measured by the sums of the
+    absolute terms.  `cancels` is for calls where most queries see hardly more than one key:
+    dp - delta is then the difference of two equal sums, and is measured by their terms.
     """
     query, key, value, mask, sinks = tensors
     shape = (*query.shape[:3], value.shape[3])
@@ -90,7 +90,9 @@ def check(
     theirs = [larger_error(*three) for three in zip(*variants, exact, strict=True)]
     if query.dtype.itemsize == 2 and key.shape[2] and query.numel():
         theirs[1] = exact[1] + error_of_fused_lse(query, key, keywords.get("is_causal", False))
-    terms = sizes(doubles, dout.double(), keywords) if cancels else None
+    terms = None
+    if cancels or query.dtype == torch.float32:
+        terms = sizes(doubles, dout.double(), keywords, cancels)
     assert_as_exact_as_torch(ours, theirs, exact, NAMES, terms)
     return ours
 
@@ -123,16 +125,27 @@ def error_of_fused_lse(query: Tensor, key: Tensor, causal: bool) -> Tensor:
     return flash(query, key, key, 0.0, causal)[1] - scores.logsumexp(-1)
 
 
-def sizes(tensors, dout: Tensor, keywords) -> list[float]:
-    """The sizes of what each result is summed from."""
+def sizes(tensors, dout: Tensor, keywords, cancels: bool) -> list[float]:
+    """The sizes of what each result is summed from: of p (dp - delta) times keys or queries."""
     query, key, value, mask, sinks = tensors
     if not key.numel() or not query.numel():
         return [0.0] * len(NAMES)
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     with torch.no_grad():
-        p = oracle.weights(query, key, mask, sinks=sinks, **keywords)[..., :-1]
-        value = value.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        ds = (p * (dout.abs() @ value.abs().transpose(-2, -1))).max().item()
-        ds *= 1 / (1 - keywords.get("dropout_p", 0.0))
-        ds_scale = ds * abs(keywords.get("scale") or query.shape[3] ** -0.5)
-    dquery, dkey = (ds_scale * x.abs().max().item() for x in (key, query))
-    return [0.0, 1.0, dquery, dkey, 0.0, ds, ds]
+        found = oracle.weights(query, key, mask, sinks=sinks, **keywords)
+        p, lse = found[..., :-1], found[..., -1:]
+        if cancels:
+            dp = dout.abs() @ value.abs().transpose(-2, -1)
+        else:
+            dp = (dout @ value.transpose(-2, -1)).abs()
+        dp = dp / (1 - keywords.get("dropout_p", 0.0))
+        delta = (p * dp).sum(-1, keepdim=True)
+        ds = p * (dp + delta)
+        scale = abs(keywords.get("scale") or query.shape[3] ** -0.5)
+        dquery = scale * (ds @ key.abs()).max().item()
+        dkey = scale * (ds.transpose(-2, -1) @ query.abs()).max().item()
+        dsinks = 0.0
+        if sinks is not None:
+            dsinks = ((sinks[:, None, None] - lse).exp() * delta).sum((0, 2, 3)).max().item()
+    return [0.0, 1.0, dquery, dkey, 0.0, ds.max().item(), dsinks]
