@@ -83,15 +83,14 @@ def as_float(function: str, name: str, value: Any) -> float:
 
 
 def as_int(function: str, name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not (hasattr(value, "__index__") or _is_symbolic(value)):
-        raise TypeError(f"{function}: {name} must be an int, not {type(value).__name__}")
+    # Under torch.compile an int may be symbolic, of which no attribute can be asked for.
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{function}: {name} must be an int, not {type(value).__name__}")
+        value = value.__index__()
     if value < least:
         raise ValueError(f"{function}: {name} must be {least} or more, got {value}")
-    return value if _is_symbolic(value) else value.__index__()
-
-
-def _is_symbolic(value: Any) -> bool:
-    return isinstance(value, torch.SymInt)
+    return value
 
 
 def as_bool(function: str, name: str, value: Any) -> bool:
@@ -108,7 +107,7 @@ def scaling_of(
     if not 0.0 <= p <= 1.0:
         raise RuntimeError(f"{function}: dropout_p must be between 0 and 1, got {p}")
     if scale is None:
-        scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+        scale = head_dim**-0.5 if head_dim else 1.0
     else:
         scale = as_float(function, "scale", scale)
     cap = 0.0 if softcap is None else as_float(function, "softcap", softcap)

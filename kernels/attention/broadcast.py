@@ -84,12 +84,11 @@ def mask_of(
     full = (*lead, length_q, length_k)
     shape = tuple(attn_mask.shape)
     missing = len(full) - len(shape)
-    fits = len(shape) >= 2 and missing >= 0
-    if not fits or any(n not in (1, m) for n, m in zip(shape, full[missing:], strict=True)):
+    if missing < 0 or any(n not in (1, m) for n, m in zip(shape, full[missing:], strict=True)):
         raise RuntimeError(
             f"{NAME}: attn_mask must be broadcastable to {list(full)}, but has shape {list(shape)}"
         )
-    if attn_mask.stride(-1) not in (0, 1):
+    if shape and attn_mask.stride(-1) not in (0, 1):
         attn_mask = attn_mask.contiguous()
     return _flat(attn_mask.expand(full), lead, 2)
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels import dispatch
 from kernels.attention import scaled_dot_product_attention
 from tests.attention import oracle
-from tests.attention.conftest import check, results
+from tests.attention.compare import check, results
 from tests.tolerance import assert_as_exact_as_torch
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
