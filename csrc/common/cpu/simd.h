@@ -31,9 +31,11 @@ constexpr int kLanes = 4;
 
 typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vu16 __attribute__((vector_size(2 * kLanes)));
 
-SIMD_INLINE vf set1(float a) { return vf{} + a; }
+SIMD_INLINE vf set1(float a) { return a - vf{}; }  // a + 0 would cost an addition: -0 + 0 is +0
+SIMD_INLINE vi set1(int a) { return a - vi{}; }
 
 SIMD_INLINE vf widen(vu16 h, BFloat16) {
 #if defined(__AVX512F__)
