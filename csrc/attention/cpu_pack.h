@@ -135,6 +135,16 @@ inline void pair_rows(const float* x, int rows, int first, int end, float* out) 
   }
 }
 
+// Rows of a block of floats, vectors [first, end), in bfloat16: pairs of neighbouring queries.
+inline void narrow_rows(const float* x, int rows, int first, int end, float* out) {
+  for (int j = 0; j < rows; j++) {
+    for (int v = first; v < end; v++) {
+      const int at = j * kQueries + v * kLanes;
+      store(reinterpret_cast<BFloat16*>(out) + at, load(x + at));
+    }
+  }
+}
+
 // rows x columns of a tile that holds them transposed, each row times its own `factor`.
 template <class T>
 void store_transposed(const float* x, const float* factor, T* out, int64_t row, int rows,

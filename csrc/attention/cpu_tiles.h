@@ -26,6 +26,7 @@ struct Sequence {
   int queries, keys;
   int offset;                  // query i stands at position i + offset among the keys
 
+  Sequence() = default;
   Sequence(const Call& c, int64_t n) : number(n) {
     const bool packed = c.cu_seqlens_q;
     batch = packed ? 0 : n;

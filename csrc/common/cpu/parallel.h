@@ -25,6 +25,15 @@ SIMD_INLINE int threads_for([[maybe_unused]] int64_t elements) {
 #endif
 }
 
+// Of the calling thread among those of `on_threads`; 0 is the one that called it.
+SIMD_INLINE int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
 // Runs f() on each of `threads` threads; `omp for` loops inside f share their iterations. One
 // thread enters no parallel region: that alone would cost a microsecond. Not for use inside another
 // region, whose threads the loops would then be shared by.
