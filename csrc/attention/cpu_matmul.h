@@ -42,7 +42,9 @@ struct Product {
 template <class Dot, int kRows, int kVectors, Write write>
 void tile(const Product& p, int64_t steps) {
   const float *a = p.a, *b = p.b;
-  const int64_t a_row = p.a_row, a_step = p.a_step, b_step = p.b_step;
+  float* const to = p.c;
+  const float* const scale = p.scale;
+  const int64_t a_row = p.a_row, a_step = p.a_step, b_step = p.b_step, c_row = p.c_row;
   vf sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; r++) {
@@ -66,11 +68,11 @@ void tile(const Product& p, int64_t steps) {
   for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) {
-      float* c = p.c + r * p.c_row + v * kLanes;
+      float* c = to + r * c_row + v * kLanes;
       if constexpr (write == Write::kSet) store(c, sum[r][v]);
       if constexpr (write == Write::kAdd) store(c, load(c) + sum[r][v]);
       if constexpr (write == Write::kScaledAdd) {
-        store(c, load(c) * load(p.scale + v * kLanes) + sum[r][v]);
+        store(c, load(c) * load(scale + v * kLanes) + sum[r][v]);
       }
     }
   }
@@ -81,7 +83,7 @@ void tile(const Product& p, int64_t steps) {
 constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;
 constexpr int rows_at_once(int vectors) {
   const int sums = kLanes == 16 ? 24 : 12;
-  return sums / vectors > 12 ? 12 : sums / vectors;
+  return vectors == 1 ? sums * 2 / 3 : sums / vectors;  // 16 or 8 rows: those of a strip
 }
 
 // As many times kRows rows as there are.

@@ -160,8 +160,8 @@ SIMD_INLINE bool vector_sees_all(const Pattern& p, const Tile& t, const Rectangl
 
 // Which of the queries at `position` the key is near enough to.
 SIMD_INLINE vi near_keys(const Pattern& p, int key, vi position) {
-  const vu past_left = (vu)(set1(key + p.left) - position);  // one comparison for both sides
-  return past_left <= vu{} + unsigned(p.left + p.right);
+  const vi distance = set1(key) - position;
+  return (distance >= set1(-p.left)) & (distance <= set1(p.right));
 }
 
 // What one head of one sequence is computed from.
