@@ -3,6 +3,7 @@
 
 namespace kernels::ISA {
 
-const kernels::attention::CpuKernels attention_kernels = {attention::forward, attention::backward};
+const kernels::attention::CpuKernels attention_kernels = {attention::forward, attention::decode,
+                                                            attention::backward};
 
 }  // namespace kernels::ISA

@@ -53,8 +53,36 @@ struct Gradients {
   float* delta;                // [batch, heads, queries], scratch
 };
 
+struct Scales {  // float32 [batch or pages, heads, rows]; absent where data is null
+  const float* data;
+  int64_t batch, head, row;  // strides
+};
+
+// A few queries, the last of each sequence, against a cache of keys and values.
+struct DecodeCall {
+  DType dtype;               // of query and out
+  bool int8_cache;           // else the cache is of `cache_dtype`
+  DType cache_dtype;
+  int64_t batch, heads, kv_heads, queries;
+  int head_dim, value_dim;
+  Heads query, out;
+  float* lse;                // [batch, heads, queries]
+  Heads key, value;          // with a block table the first dimension is pages
+  Scales key_scale, value_scale;
+  const int32_t* lengths;      // [batch]
+  const int32_t* block_table;  // [batch, table_row] or null
+  int64_t table_row, page_size;
+  const float* alibi_slopes;  // [batch, heads] or null
+  int64_t alibi_batch, alibi_head;
+  const float* sinks;  // [heads] or null
+  bool causal;
+  int64_t left, right, global_tokens;  // as in Call
+  float scale, softcap;
+};
+
 struct CpuKernels {
   void (*forward)(const Call&);
+  void (*decode)(const DecodeCall&);
   void (*backward)(const Call&, const Gradients&);
 };
 

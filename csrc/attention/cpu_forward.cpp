@@ -20,7 +20,7 @@ constexpr int kTilesPerGroup = 4;  // tiles that share what is packed of keys an
 struct TileState {  // what outlives a block of keys
   Tile tile;
   float *q, *out;                 // Q^T in steps, O^T: [dim][kQueries]
-  float *top, *sum, *correction;  // [kQueries]: running maximum, in units of log 2, and sum
+  float *top, *sum, *correction;  // [kQueries]: running maximum and sum
 };
 
 struct Workspace {
@@ -54,21 +54,20 @@ void begin_tile(const Head& h, TileState& t, auto dot) {
                                 c.query.row, t.tile.rows, c.head_dim, t.q);
   });
   memset(t.out, 0, sizeof(float) * round_up(c.value_dim, kLanes) * kQueries);
-  const float sink = c.sinks ? c.sinks[h.number] * kLog2e : -INFINITY;
+  const float sink = c.sinks ? c.sinks[h.number] : -INFINITY;
   for (int i = 0; i < kQueries; i++) {
     t.top[i] = sink;
     t.sum[i] = sink == -INFINITY ? 0.f : 1.f;
   }
 }
 
-// Running maximum and sum of vector `v` of a rectangle, whose scores become weights.  `scale` brings
-// scores to units of log 2.
+// Running maximum and sum of vector `v` of a rectangle, whose scores, times `scale`, become weights.
 template <bool kCut>
 SIMD_INLINE void softmax_column(const Rectangle& r, const Pattern& p, const TileState& t, int v,
                                 float scale, float* s) {
   s += v * kLanes;
   const vi position = lane_numbers() + set1(t.tile.position + v * kLanes);
-  const vf scale2 = set1(scale);
+  const vf factor = set1(scale);
   auto score = [&](int j) {
     const vf x = load(s + j * kQueries);
     return kCut ? (near_keys(p, r.key + j, position) ? x : set1(-INFINITY)) : x;
@@ -81,20 +80,20 @@ SIMD_INLINE void softmax_column(const Rectangle& r, const Pattern& p, const Tile
   }
   if (j < r.keys) top0 = maximum(score(j), top0);
   const vf old = load(t.top + v * kLanes);
-  const vf top = maximum(maximum(top0, top1) * scale2, old);
+  const vf top = maximum(maximum(top0, top1) * factor, old);
   const vf finite = top == set1(-INFINITY) ? vf{} : top;  // -inf - -inf would be NaN
-  const vf correction = exp2_nonpositive(old - finite);
+  const vf correction = exp_nonpositive(old - finite);
   vf sum0{}, sum1{};
   for (j = 0; j + 2 <= r.keys; j += 2) {
-    const vf p0 = exp2_nonpositive(score(j) * scale2 - finite);
-    const vf p1 = exp2_nonpositive(score(j + 1) * scale2 - finite);
+    const vf p0 = exp_nonpositive(score(j) * factor - finite);
+    const vf p1 = exp_nonpositive(score(j + 1) * factor - finite);
     sum0 += p0;
     sum1 += p1;
     store(s + j * kQueries, p0);
     store(s + (j + 1) * kQueries, p1);
   }
   if (j < r.keys) {
-    const vf p0 = exp2_nonpositive(score(j) * scale2 - finite);
+    const vf p0 = exp_nonpositive(score(j) * factor - finite);
     sum0 += p0;
     store(s + j * kQueries, p0);
   }
@@ -113,7 +112,7 @@ void visit(const Head& h, TileState& t, const Rectangle& r, int begin, Operand k
     fetch_mask(h, t.tile, r, w.mask);
     modify_scores(h, t.tile, r, w.scores, w.mask, nullptr);
   }
-  const float scale = modified ? 1.f : c.scale * kLog2e;
+  const float scale = modified ? 1.f : c.scale;
   for (int v = r.first_vector; v < r.end_vector; v++) {
     if (r.cut && !modified && !vector_sees_all(h.pattern, t.tile, r, v)) {
       softmax_column<true>(r, h.pattern, t, v, scale, w.scores);
@@ -147,7 +146,7 @@ void end_tile(const Head& h, const TileState& t) {
   const Call& c = h.call;
   float* lse = c.lse + h.statistics_row() + t.tile.first;
   for (int i = 0; i < t.tile.rows; i++) {
-    lse[i] = (t.top[i] + log2f(t.sum[i])) * kLn2;
+    lse[i] = t.top[i] + logf(t.sum[i]);
     t.correction[i] = t.sum[i] == 0 ? 0.f : 1 / t.sum[i];
   }
   dispatch_float(c.dtype, [&](auto type) {

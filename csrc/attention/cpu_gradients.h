@@ -28,7 +28,7 @@ struct TileGradients {
   float *q, *dout;            // Q^T, dO^T: [step][kQueries]
   float *q_rows, *dout_rows;  // steps along queries: [query / kPack][packed_row(dim)]
   float *dq_memory, *dq;      // dQ^T: [dim][kQueries], here or elsewhere, null where not wanted
-  float *lse, *delta;         // [kQueries]: lse in units of log 2, delta times scale
+  float *lse, *delta;         // [kQueries]: delta times scale
 };
 
 template <class Dot>
@@ -102,23 +102,22 @@ void load_tile(const Head& h, const Gradients& g, TileGradients& t) {
   const float* delta = g.delta + h.statistics_row() + t.tile.first;
   for (int i = 0; i < kQueries; i++) {
     const bool sees_some = i < t.tile.rows && lse[i] != -INFINITY;
-    t.lse[i] = sees_some ? lse[i] * kLog2e : INFINITY;  // weights of exp(-inf) = 0
+    t.lse[i] = sees_some ? lse[i] : INFINITY;  // weights of exp(-inf) = 0
     t.delta[i] = sees_some ? delta[i] * c.scale : 0.f;
   }
 }
 
-// Vector `v` of a rectangle: scores to weights, dP to scale * dS.  `to_log2` brings scores to units
-// of log 2.
+// Vector `v` of a rectangle: scores times `score_scale` to weights, dP to scale * dS.
 template <bool kCut>
 SIMD_INLINE void gradient_column(const Rectangle& r, const Pattern& p, const TileGradients& t, int v,
-                                 float to_log2, float scale, const float* slope, float* weights,
+                                 float score_scale, float scale, const float* slope, float* weights,
                                  float* dweights) {
   const vi position = lane_numbers() + set1(t.tile.position + v * kLanes);
   const vf lse = load(t.lse + v * kLanes), delta = load(t.delta + v * kLanes);
 #pragma GCC unroll 2
   for (int j = 0; j < r.keys; j++) {
     const int at = j * kQueries + v * kLanes;
-    vf weight = exp2_nonpositive(load(weights + at) * set1(to_log2) - lse);
+    vf weight = exp_nonpositive(load(weights + at) * set1(score_scale) - lse);
     if constexpr (kCut) weight = near_keys(p, r.key + j, position) ? weight : vf{};
     vf dweight = weight * (load(dweights + at) * set1(scale) - delta);
     if (slope) dweight *= load(slope + at);
@@ -149,12 +148,12 @@ void rectangle_weights(const Head& h, const TileGradients& t, const Rectangle& r
     dropout_factors(h, t.tile, r, w.dropout);
     multiply(r, w.dweights, w.dropout);
   }
-  const float to_log2 = modified ? 1.f : c.scale * kLog2e;
+  const float score_scale = modified ? 1.f : c.scale;
   for (int v = r.first_vector; v < r.end_vector; v++) {
     if (r.cut && !modified && !vector_sees_all(h.pattern, t.tile, r, v)) {
-      gradient_column<true>(r, h.pattern, t, v, to_log2, c.scale, nullptr, w.weights, w.dweights);
+      gradient_column<true>(r, h.pattern, t, v, score_scale, c.scale, nullptr, w.weights, w.dweights);
     } else {
-      gradient_column<false>(r, h.pattern, t, v, to_log2, c.scale, slope, w.weights, w.dweights);
+      gradient_column<false>(r, h.pattern, t, v, score_scale, c.scale, slope, w.weights, w.dweights);
     }
   }
   if (c.dropout_p != 0) multiply(r, w.weights, w.dropout);

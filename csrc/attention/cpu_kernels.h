@@ -6,6 +6,7 @@
 namespace kernels::ISA::attention {
 
 void forward(const kernels::attention::Call& c);
+void decode(const kernels::attention::DecodeCall& c);
 void backward(const kernels::attention::Call& c, const kernels::attention::Gradients& g);
 
 }  // namespace kernels::ISA::attention

@@ -6,8 +6,6 @@
 
 namespace kernels::ISA::attention {
 
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
-
 SIMD_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }  // b where a is NaN
 SIMD_INLINE vi lane_numbers() {
   vi lane;
@@ -16,13 +14,15 @@ SIMD_INLINE vi lane_numbers() {
   return lane;
 }
 
-// 2^x for x <= 0 or little above: 0 below -126, NaN for NaN.  Relative error 2e-7.
+// e^x for x <= 0 or little above: 0 below -87.3, where results would be subnormal; NaN for NaN.
+// Relative error 2e-7.
 //
-// Adding 1.5 * 2^23 rounds x to an integer n, left in the low mantissa bits; the polynomial is the
-// minimax of 2^f on [-1/2, 1/2] among those that are 1 at 0, so that 2^0 is.
-SIMD_INLINE vf exp2_nonpositive(vf x) {
-  const vf magic = set1(12582912.f);
-  const vf t = x + magic, n = t - magic, f = x - n;
+// e^x = 2^(n + f) with the integer n nearest to x log2(e): adding 1.5 * 2^23 leaves n in the low
+// mantissa bits.  The polynomial is the minimax of 2^f on [-1/2, 1/2] among those that are 1 at 0, so
+// that e^0 is.
+SIMD_INLINE vf exp_nonpositive(vf x) {
+  const vf magic = set1(12582912.f), log2e = set1(1.44269504088896341f), smallest = set1(-87.3f);
+  const vf t = x * log2e + magic, n = t - magic, f = x * log2e - n;
   vf p = set1(1.326472731e-3f);
   p = p * f + set1(9.671512991e-3f);
   p = p * f + set1(5.550733581e-2f);
@@ -31,11 +31,11 @@ SIMD_INLINE vf exp2_nonpositive(vf x) {
   p = p * f + set1(1.f);
 #if defined(__AVX512F__)
   // Masked lanes are spared the 200 cycles that a result too small costs; NaN is not less.
-  const __mmask16 large = _mm512_cmp_ps_mask((__m512)x, (__m512)set1(-126.f), _CMP_NLT_UQ);
+  const __mmask16 large = _mm512_cmp_ps_mask((__m512)x, (__m512)smallest, _CMP_NLT_UQ);
   return (vf)_mm512_maskz_scalef_ps(large, (__m512)p, (__m512)n);
 #else
   const vf y = (vf)((vi)p + ((vi)t << 23));  // n into the exponent
-  const vf finite = x < set1(-126.f) ? vf{} : y;
+  const vf finite = x < smallest ? vf{} : y;
   return x == x ? finite : x;
 #endif
 }
@@ -51,7 +51,7 @@ SIMD_INLINE vf tanh_of(vf x) {
   p = p * z + set1(-3.33332819422e-1f);
   const vf near = p * z * x + x;
   const vf magnitude = x < vf{} ? -x : x;  // NaN stays
-  const vf e = exp2_nonpositive(magnitude * set1(-2 * kLog2e));
+  const vf e = exp_nonpositive(magnitude * set1(-2.f));
   const vf far = (set1(1.f) - e) / (set1(1.f) + e);
   const vf signed_far = x < vf{} ? -far : far;
   return magnitude < set1(0.625f) ? near : signed_far;

@@ -79,7 +79,7 @@ inline void fetch_mask(const Head& h, const Tile& t, const Rectangle& r, float* 
   }
 }
 
-// Products q.k of a rectangle to final scores in units of log 2, -inf where hidden.  `mask` is what
+// Products q.k of a rectangle to final scores, -inf where hidden.  `mask` is what
 // fetch_mask gave; `slope`, if wanted, gets the softcap's derivative.
 template <class F>
 SIMD_INLINE void modify_column(const Head& h, const Tile& t, const Rectangle& r, int v, float* s,
@@ -105,11 +105,7 @@ SIMD_INLINE void modify_column(const Head& h, const Tile& t, const Rectangle& r,
     } else if (kind != MaskKind::kNone) {
       x += load(mask + at);
     }
-    // A mask of the most negative finite number stays finite in units of log 2.
-    const vf lowest = set1(-2e38f);
-    x = (x < lowest) & (x > hidden) ? lowest : x;
-    x = visible(r.key + j, position) ? x * set1(kLog2e) : hidden;
-    store(s + at, x);
+    store(s + at, visible(r.key + j, position) ? x : hidden);
   }
 }
 

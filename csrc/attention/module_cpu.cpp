@@ -106,9 +106,53 @@ void attention_backward(View query, View key, View value, View mask, View alibi_
   current_instruction_set()->attention->backward(call, gradients);
 }
 
+// The arguments of kernels/attention/decode/cpu.py's forward.
+void attention_decode(View query, View key, View value, Memory lengths, View block_table,
+                      View key_scale, View value_scale, View alibi_slopes, Memory sinks,
+                      int64_t causal, int64_t left, int64_t right, int64_t global_tokens,
+                      double scale, double softcap, View out, Memory lse) {
+  auto scales = [](const View& x) {
+    return Scales{pointer<float>(x), x.stride[0], x.stride[1], x.stride[2]};
+  };
+  const DecodeCall call = {.dtype = DType(query.dtype),
+                           .int8_cache = key.dtype < 0,
+                           .cache_dtype = key.dtype < 0 ? DType::kFloat32 : DType(key.dtype),
+                           .batch = query.size[0],
+                           .heads = query.size[1],
+                           .kv_heads = key.size[1],
+                           .queries = query.size[2],
+                           .head_dim = int(query.size[3]),
+                           .value_dim = int(value.size[3]),
+                           .query = heads(query),
+                           .out = heads(out),
+                           .lse = static_cast<float*>(lse.data),
+                           .key = heads(key),
+                           .value = heads(value),
+                           .key_scale = scales(key_scale),
+                           .value_scale = scales(value_scale),
+                           .lengths = pointer<int32_t>(lengths),
+                           .block_table = pointer<int32_t>(block_table),
+                           .table_row = block_table.stride[0],
+                           .page_size = key.size[2],
+                           .alibi_slopes = pointer<float>(alibi_slopes),
+                           .alibi_batch = alibi_slopes.stride[0],
+                           .alibi_head = alibi_slopes.stride[1],
+                           .sinks = pointer<float>(sinks),
+                           .causal = causal != 0,
+                           .left = left,
+                           .right = right,
+                           .global_tokens = global_tokens,
+                           .scale = float(scale),
+                           .softcap = float(softcap)};
+  const WithoutGil others_run;
+  current_instruction_set()->attention->decode(call);
+}
+
 }  // namespace
 
-PyMethodDef entry_points[] = {ENTRY_POINT(attention_forward), ENTRY_POINT(attention_backward),
+PyMethodDef entry_points[] = {ENTRY_POINT(attention_forward),
+                              ENTRY_POINT(attention_decode),
+                              ENTRY_POINT(attention_backward),
                               {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace kernels::attention
