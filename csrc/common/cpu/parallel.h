@@ -25,6 +25,15 @@ SIMD_INLINE int threads_for([[maybe_unused]] int64_t elements) {
 #endif
 }
 
+// Of the calling thread among those of `on_threads`; 0 is the one that called it.
+SIMD_INLINE int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
 // Runs f() on each of `threads` threads; `omp for` loops inside f share their iterations. One
 // thread enters no parallel region: that alone would cost a microsecond. Not for use inside another
 // region, whose threads the loops would then be shared by.
@@ -61,6 +70,55 @@ class Scratch {
  private:
   float* data_;
   int64_t stride_;
+};
+
+// Memory of the calling thread that stays with it from call to call, so that only a thread's first
+// call faults pages in: at least `floats` floats, aligned to cache lines, with undefined contents.
+// The next request ends the last one.  Larger requests than kKeptFloats are not kept.
+class ThreadMemory {
+ public:
+  explicit ThreadMemory(int64_t floats) {
+    static thread_local Kept kept;
+    if (floats > kKeptFloats) {
+      data_ = owned_ = allocate(floats);
+    } else {
+      if (floats > kept.floats) {
+        free(kept.data);
+        kept = {};
+        kept.data = allocate(floats);
+        kept.floats = floats;
+      }
+      data_ = kept.data;
+    }
+  }
+  ~ThreadMemory() { free(owned_); }
+  ThreadMemory(const ThreadMemory&) = delete;
+  ThreadMemory& operator=(const ThreadMemory&) = delete;
+
+  // The next `floats` of it.
+  float* take(int64_t floats) {
+    float* taken = data_;
+    data_ += rounded(floats);
+    return taken;
+  }
+  static constexpr int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+ private:
+  static constexpr int64_t kKeptFloats = int64_t{4} << 20;  // 16 MiB
+
+  struct Kept {
+    float* data = nullptr;
+    int64_t floats = 0;
+    ~Kept() { free(data); }
+  };
+
+  static float* allocate(int64_t floats) {
+    void* data = aligned_alloc(64, size_t(rounded(floats)) * sizeof(float));
+    if (!data) throw std::bad_alloc();  // as in Scratch
+    return static_cast<float*>(data);
+  }
+
+  float *data_ = nullptr, *owned_ = nullptr;
 };
 
 }  // namespace kernels::ISA

@@ -17,6 +17,13 @@ struct Memory {
 struct Tensor : Memory {
   DType dtype;
 };
+// A tensor that may have any strides, in elements, and any dtype: -1 where kernels have no code for
+// it.  Of None, everything is 0.
+struct View : Memory {
+  static constexpr Py_ssize_t kMaxDims = 4;
+  int dtype;
+  int64_t size[kMaxDims], stride[kMaxDims];
+};
 
 // torch's types and names, looked up once.
 class Torch {
@@ -40,6 +47,21 @@ class Torch {
         pybind11::reinterpret_steal<pybind11::object>(PyObject_CallMethodNoArgs(tensor, data_ptr_));
     if (!data) throw pybind11::error_already_set();
     return PyLong_AsVoidPtr(data.ptr());
+  }
+
+  View view(PyObject* tensor) const {
+    View view{{address(tensor)}, dtype_code(tensor), {}, {}};
+    const pybind11::object shape = attribute(tensor, shape_);
+    const auto strides =
+        pybind11::reinterpret_steal<pybind11::object>(PyObject_CallMethodNoArgs(tensor, stride_));
+    if (!strides) throw pybind11::error_already_set();
+    const Py_ssize_t dims = PyTuple_GET_SIZE(shape.ptr());
+    if (dims > View::kMaxDims) throw pybind11::type_error("accepted are up to four dimensions");
+    for (Py_ssize_t i = 0; i < dims; i++) {
+      view.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+      view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i));
+    }
+    return view;
   }
 
   // A torch.Tensor or Parameter, no subclass of them, on the CPU, of a dtype that kernels have.
@@ -85,7 +107,7 @@ class Torch {
 
   PyObject *tensor_, *parameter_, *dtypes_[kDtypes];  // these and the names are never freed
   PyObject *dtype_ = name("dtype"), *shape_ = name("shape"), *is_cpu_ = name("is_cpu"),
-           *data_ptr_ = name("data_ptr");
+           *data_ptr_ = name("data_ptr"), *stride_ = name("stride");
 };
 
 inline bool is_shape(PyObject* shape) {  // a tuple of one int or more
@@ -115,7 +137,9 @@ class Argument {
 
   operator PyObject*() const { return object_; }
   operator int64_t() const { return checked(PyLong_AsLongLong(object_)); }
-  operator float() const { return float(checked(PyFloat_AsDouble(object_))); }
+  operator double() const { return checked(PyFloat_AsDouble(object_)); }
+  operator float() const { return float(double(*this)); }
+  operator View() const { return object_ == Py_None ? View{} : Torch::get().view(object_); }
   operator Memory() const { return {object_ == Py_None ? nullptr : Torch::get().address(object_)}; }
   operator Tensor() const {
     if (object_ == Py_None) return {{nullptr}, DType::kFloat32};

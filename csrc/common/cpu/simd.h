@@ -31,9 +31,11 @@ constexpr int kLanes = 4;
 
 typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vu16 __attribute__((vector_size(2 * kLanes)));
 
-SIMD_INLINE vf set1(float a) { return vf{} + a; }
+SIMD_INLINE vf set1(float a) { return a - vf{}; }  // a + 0 would cost an addition: -0 + 0 is +0
+SIMD_INLINE vi set1(int a) { return a - vi{}; }
 
 SIMD_INLINE vf widen(vu16 h, BFloat16) {
 #if defined(__AVX512F__)
@@ -118,6 +120,18 @@ SIMD_INLINE void store(T* p, vf x) {
   memcpy(p, &h, sizeof h);
 }
 
+SIMD_INLINE vf load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  int8_t x __attribute__((vector_size(kLanes)));
+  memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, vf);
+#endif
+}
+
 // The first n lanes, 0 < n < kLanes: the others read as 0 and are not written.
 SIMD_INLINE vf load_tail(const float* p, int n) {
 #if defined(__AVX512F__)
@@ -127,6 +141,11 @@ SIMD_INLINE vf load_tail(const float* p, int n) {
   memcpy(&x, p, n * sizeof *p);
   return x;
 #endif
+}
+SIMD_INLINE vf load_tail(const int8_t* p, int n) {
+  int8_t some[kLanes] = {};
+  memcpy(some, p, n);
+  return load(some);
 }
 SIMD_INLINE void store_tail(float* p, vf x, int n) {
 #if defined(__AVX512F__)
