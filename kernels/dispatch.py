@@ -106,14 +106,25 @@ def explain(op: str, *arguments: Any, **keywords: Any) -> Decision:
 
     >>> print(explain("layer_norm", x, (1024,), weight))
     """
-    if op not in OPS:
+    if op.partition(".")[0] not in OPS:
         raise ValueError(f"op: unknown op {op!r} (accepted: {', '.join(OPS)})")
-    function = getattr(importlib.import_module(f"kernels.{op}.op"), op)
-    call = inspect.signature(function).bind(*arguments, **keywords)
-    call.apply_defaults()
-    refusals = {name: _refusal(op, name, call.args) for name in _candidates(call.args[0])}
+    call = _backend_arguments(op, arguments, keywords)
+    refusals = {name: _refusal(op, name, call) for name in _candidates(call[0])}
     chosen = next((name for name, reason in refusals.items() if reason is None), None)
     return Decision(op, chosen, refusals, forced=_forced is not None)
+
+
+def _backend_arguments(
+    op: str, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[Any, ...]:
+    """What backends are asked about: the public call, or what the op's `backend_arguments` says."""
+    module = importlib.import_module(f"kernels.{op}.op")
+    if hasattr(module, "backend_arguments"):
+        brought: tuple[Any, ...] = module.backend_arguments(*arguments, **keywords)
+        return brought
+    call = inspect.signature(getattr(module, op)).bind(*arguments, **keywords)
+    call.apply_defaults()
+    return call.args
 
 
 @contextmanager
@@ -140,11 +151,13 @@ class Operators:
     """The registered ops `torch.ops.kernels.<op>_forward` and `_backward`, in a backend's place."""
 
     forward: Callable[..., tuple[Any, ...]]
-    backward: Callable[..., tuple[Any, ...]]
+    backward: Callable[..., tuple[Any, ...]] | None
 
 
-def define(op: str, forward: str, backward: str, gradients: int = 1) -> Callable[..., Any]:
+def define(op: str, forward: str, backward: str | None, gradients: int = 1) -> Callable[..., Any]:
     """Register `torch.ops.kernels.<op>_forward` and `_backward` with these schemas.
+
+    `backward` is None for an op without one.  A dot in `op` is a folder within an op's.
 
     Returns `choose(*forward arguments)`: what runs a call and its backward, an object with
     `forward` and `backward`.  That is the selected backend's module for plain tensors, and the
@@ -152,12 +165,13 @@ def define(op: str, forward: str, backward: str, gradients: int = 1) -> Callable
 
     The reference is the ops' shape rule under fake tensors, so the two cannot drift apart.  A
     backend returns None for an output that was not asked for; a registered op, whose outputs must
-    be tensors, returns an empty one.  A backward takes (`gradients` of them, *the forward's
-    tensors, *what it saved); backends are asked about the forward's part.
+    be tensors, returns an empty one.  A backward takes (*the gradients of the outputs, as many as
+    `gradients` says, *the forward's tensors, *what it saved); backends are asked about the
+    forward's part.
     """
     operators = Operators(
         _register(op, "forward", forward, first_argument=0),
-        _register(op, "backward", backward, first_argument=gradients),
+        None if backward is None else _register(op, "backward", backward, gradients),
     )
 
     compiling, modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
@@ -174,7 +188,7 @@ def define(op: str, forward: str, backward: str, gradients: int = 1) -> Callable
 def _register(
     op: str, direction: str, schema: str, first_argument: int
 ) -> Callable[..., tuple[Any, ...]]:
-    name = f"{op}_{direction}"
+    name = f"{op.replace('.', '_')}_{direction}"
 
     def as_tensors(outputs: tuple[Any, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(like.new_empty(0) if output is None else output for output in outputs)

@@ -215,3 +215,15 @@ def seed_of(function: str, seed: Any, dropout_p: float, query: Tensor) -> Tensor
 def with_unit_stride(x: Tensor) -> Tensor:
     """`x`, copied where its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the dtype of a surrounding torch.autocast, which leaves float64 alone."""
+    device = tensors[0].device.type  # type: ignore[union-attr]
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    )

@@ -8,7 +8,7 @@ that no more than SCORES scores are in memory at once (or those of one query a h
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -199,7 +199,7 @@ def backward(
         )
         return reference.finished((dquery, dkey, dvalue, None, None), inputs)
     kind = reference.wide_dtype(query)
-    dquery, dkey, dvalue, dmask, dsinks = (
+    sums = tuple(
         torch.zeros(x.shape, dtype=kind, device=x.device) if x is not None and wanted else None
         for x, wanted in zip(inputs, output_mask, strict=True)
     )
@@ -219,17 +219,13 @@ def backward(
             lse[:, :, rows],
             output_mask,
         )
-        if dquery is not None:
-            dquery[:, :, rows] = added[0]
-        if dkey is not None:
-            dkey[:, :, keys] += added[1]
-        if dvalue is not None:
-            dvalue[:, :, keys] += added[2]
-        if dmask is not None:
-            dmask[:, :, rows, keys] = added[3]
-        if dsinks is not None:
-            dsinks += added[4]
-    return reference.finished((dquery, dkey, dvalue, dmask, dsinks), inputs)
+        every = slice(None)
+        of_rows, of_keys = (every, every, rows), (every, every, keys)
+        places: tuple[Any, ...] = of_rows, of_keys, of_keys, (every, every, rows, keys), every
+        for total, part, place in zip(sums, added, places, strict=True):
+            if total is not None and part is not None:
+                total[place] += part
+    return reference.finished(sums, inputs)
 
 
 def _flash_backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ choose = define(
 _is_compiling = torch.compiler.is_dynamo_compiling
 _is_transforming = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
+_is_autocast = torch._C._is_any_autocast_enabled
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -91,7 +93,7 @@ class AttentionFunction(torch.autograd.Function):
 _apply = super(torch.autograd.Function, AttentionFunction).apply
 
 
-def _run(call: Call) -> tuple[Tensor, Tensor]:
+def run(call: Call) -> tuple[Tensor, Tensor]:
     """out and lse of a checked call."""
     query, key, value, mask, _, sinks = call[:6]
     if _is_transforming() or forward_ad._current_level >= 0:
@@ -197,6 +199,24 @@ def scaled_dot_product_attention(
             return_lse=return_lse,
             seed=seed,
         )
+    call: Any = None
+    if (
+        attn_mask is None
+        and dropout_p == 0
+        and enable_gqa is False
+        and window is None
+        and global_tokens == 0
+        and global_mask is None
+        and softcap is None
+        and alibi_slopes is None
+        and sinks is None
+        and causal_alignment == "upper_left"
+        and seed is None
+    ):
+        call = _usual_call(query, key, value, is_causal, scale)
+    if call is not None:
+        out, lse = run(call)
+        return (out, lse) if return_lse else out
     call, lead = prepare(
         query,
         key,
@@ -215,10 +235,39 @@ def scaled_dot_product_attention(
         causal_alignment,
         seed,
     )
-    out, lse = _run(call)
+    out, lse = run(call)
     if len(lead) != 2:
         out, lse = out.reshape(*lead, *out.shape[2:]), lse.reshape(*lead, lse.shape[2])
     return (out, lse) if return_lse else out
+
+
+def _usual_call(query: Any, key: Any, value: Any, is_causal: Any, scale: Any) -> Any:
+    """What `prepare` would make of a call without anything special; None where it is to be asked.
+
+    Small calls feel every attribute that Python looks up, and most are of this kind.
+    """
+    if not type(query) is type(key) is type(value) is Tensor or _is_autocast():
+        return None
+    shape, key_shape = query.shape, key.shape
+    if (
+        len(shape) != 4
+        or key_shape != value.shape
+        or key_shape[:2] != shape[:2]
+        or key_shape[3] != shape[3]
+        or 0 in shape
+        or not query.dtype is key.dtype is value.dtype
+        or query.dtype not in checks.DTYPES
+        or not (query.is_cpu and key.is_cpu and value.is_cpu)
+        or not query.stride(3) == key.stride(3) == value.stride(3) == 1
+        or type(is_causal) is not bool
+    ):
+        return None
+    if scale is None:
+        scale = shape[3] ** -0.5
+    elif type(scale) is not float:
+        return None
+    pattern = (int(is_causal), 0, -1, -1, 0, shape[2], key_shape[2])
+    return Call(query, key, value, *(None,) * 7, pattern, (scale, 0.0, 0.0))
 
 
 def prepare(
@@ -242,7 +291,7 @@ def prepare(
     """The call as backends take it, and the output's leading dimensions; raises what is wrong."""
     name = broadcast.NAME
     checks.check_tensors(query, key, value, name)
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = checks.autocast(query, key, value, attn_mask)
     checks.as_bool(name, "enable_gqa", enable_gqa)
     length_q, length_k, head_dim = query.shape[-2], key.shape[-2], query.shape[-1]
     lead = broadcast.lead_shape(query, key, value, enable_gqa)
@@ -272,13 +321,9 @@ def prepare(
     return Call(*tensors, pattern, scaling), lead
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in the dtype of a surrounding autocast, which leaves float64 alone."""
-    device = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in tensors
-    )
+def backend_arguments(*arguments: Any, **keywords: Any) -> Call:
+    """What backends are asked about a public call; for dispatch.explain."""
+    call = inspect.signature(scaled_dot_product_attention).bind(*arguments, **keywords)
+    call.apply_defaults()
+    call.arguments.pop("return_lse")
+    return prepare(**call.arguments)[0]

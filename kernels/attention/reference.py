@@ -24,7 +24,7 @@ from kernels.attention.pattern import (
     visible,
 )
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, ...]  # of query, key, value, mask and sinks
 
 
 class Extras(NamedTuple):
@@ -77,7 +77,7 @@ def _scores(
             slopes = slopes[..., None, None]
         else:
             slopes = slopes[grid.sequence].t()[None, ..., None]  # [1, H, Tq, 1]
-        s = s - slopes * (grid.key - grid.position[:, None]).abs()
+        s = s - slopes * (grid.key - grid.position[..., None]).abs()
     seen = visible(pattern, grid, extras.global_mask)
     if seen is not None:
         s = s.masked_fill(~seen, -torch.inf)
