@@ -28,16 +28,46 @@ from kernels.attention.triton_scores import (
 )
 
 TILES = {
-    "sm_80": ((2, 64, 64, 64, 4, 2), (2, 128, 64, 64, 4, 2), (2, 256, 64, 32, 4, 2),
-              (4, 64, 64, 32, 4, 2), (4, 128, 64, 32, 8, 2), (4, 256, 32, 32, 8, 1)),
-    "sm_86": ((2, 64, 64, 64, 4, 2), (2, 128, 64, 64, 4, 2), (2, 256, 64, 32, 4, 2),
-              (4, 64, 64, 32, 4, 2), (4, 128, 64, 32, 8, 2), (4, 256, 32, 32, 8, 1)),
-    "sm_90": ((2, 64, 64, 64, 4, 2), (2, 128, 64, 64, 4, 2), (2, 256, 64, 32, 4, 2),
-              (4, 64, 64, 32, 4, 2), (4, 128, 64, 32, 8, 2), (4, 256, 32, 32, 8, 1)),
-    "sm_100": ((2, 64, 64, 64, 4, 2), (2, 128, 64, 64, 4, 2), (2, 256, 64, 32, 4, 2),
-              (4, 64, 64, 32, 4, 2), (4, 128, 64, 32, 8, 2), (4, 256, 32, 32, 8, 1)),
-    "gfx942": ((2, 64, 64, 64, 4, 1), (2, 128, 64, 64, 4, 1), (2, 256, 64, 32, 4, 1),
-              (4, 64, 64, 32, 4, 1), (4, 128, 64, 32, 4, 1), (4, 256, 32, 32, 4, 1)),
+    "sm_80": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_86": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_90": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_100": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "gfx942": (
+        (2, 64, 64, 64, 4, 1),
+        (2, 128, 64, 64, 4, 1),
+        (2, 256, 64, 32, 4, 1),
+        (4, 64, 64, 32, 4, 1),
+        (4, 128, 64, 32, 4, 1),
+        (4, 256, 32, 32, 4, 1),
+    ),
     "interpreter": ((4, 256, 32, 32, 4, 1),),
 }
 
@@ -75,18 +105,18 @@ def _add_queries(
     q = load_rows(q_side, first_row, rows, rows_valid, WHOLE, WIDE)
     dout = load_rows(dout_side, first_row, rows, rows_valid, WHOLE, WIDE)
     lse, delta = row_statistics(lse_ptr, delta_ptr, rows, rows_valid)
-    products = (
-        tl.dot(k, tl.trans(q), input_precision=PRECISION),
-        tl.dot(v, tl.trans(dout), input_precision=PRECISION),
-    )
-    keep = None
+    p, growth = weights(
+        tl.dot(k, tl.trans(q), input_precision=PRECISION), lse[None, :], rows[None, :],
+        keys[:, None], both(keys_valid, rows_valid), visible, mask_ptr, slope, features, SCORES,
+    )  # fmt: skip
+    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    dropped = p
     if seed is not None:
         keep = kept(seed, dropout, rows, keys, first_key, GATHERED, True)
-    p, ds = weights(
-        products, (lse[None, :], delta[None, :]), rows[None, :], keys[:, None],
-        both(keys_valid, rows_valid), visible, mask_ptr, slope, keep, keep_factor, features, SCORES,
-    )  # fmt: skip
-    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dropped = tl.where(keep, p * keep_factor, 0.0)
+        dp = tl.where(keep, dp * keep_factor, 0.0)
+    dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :]) * growth
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 

@@ -25,16 +25,46 @@ from kernels.attention.triton_scores import (
 )
 
 TILES = {
-    "sm_80": ((2, 64, 64, 64, 4, 2), (2, 128, 64, 64, 4, 2), (2, 256, 64, 32, 4, 2),
-              (4, 64, 64, 32, 4, 2), (4, 128, 64, 32, 8, 2), (4, 256, 32, 32, 8, 1)),
-    "sm_86": ((2, 64, 64, 64, 4, 2), (2, 128, 64, 64, 4, 2), (2, 256, 64, 32, 4, 2),
-              (4, 64, 64, 32, 4, 2), (4, 128, 64, 32, 8, 2), (4, 256, 32, 32, 8, 1)),
-    "sm_90": ((2, 64, 64, 64, 4, 2), (2, 128, 64, 64, 4, 2), (2, 256, 64, 32, 4, 2),
-              (4, 64, 64, 32, 4, 2), (4, 128, 64, 32, 8, 2), (4, 256, 32, 32, 8, 1)),
-    "sm_100": ((2, 64, 64, 64, 4, 2), (2, 128, 64, 64, 4, 2), (2, 256, 64, 32, 4, 2),
-              (4, 64, 64, 32, 4, 2), (4, 128, 64, 32, 8, 2), (4, 256, 32, 32, 8, 1)),
-    "gfx942": ((2, 64, 64, 64, 4, 1), (2, 128, 64, 64, 4, 1), (2, 256, 64, 32, 4, 1),
-              (4, 64, 64, 32, 4, 1), (4, 128, 64, 32, 4, 1), (4, 256, 32, 32, 4, 1)),
+    "sm_80": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_86": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_90": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_100": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "gfx942": (
+        (2, 64, 64, 64, 4, 1),
+        (2, 128, 64, 64, 4, 1),
+        (2, 256, 64, 32, 4, 1),
+        (4, 64, 64, 32, 4, 1),
+        (4, 128, 64, 32, 4, 1),
+        (4, 256, 32, 32, 4, 1),
+    ),
     "interpreter": ((4, 256, 32, 32, 4, 1),),
 }
 
@@ -68,17 +98,16 @@ def _add_keys(
     """One block of keys."""
     k = load_rows(k_side, first_key, keys, keys_valid, WHOLE, WIDE)
     v = load_rows(v_side, first_key, keys, keys_valid, WHOLE, WIDE)
-    products = (
-        tl.dot(q, tl.trans(k), input_precision=PRECISION),
-        tl.dot(dout, tl.trans(v), input_precision=PRECISION),
-    )
-    keep = None
+    lse, delta = statistics
+    p, growth = weights(
+        tl.dot(q, tl.trans(k), input_precision=PRECISION), lse, rows[:, None], keys[None, :],
+        both(rows_valid, keys_valid), visible, mask_ptr, slope, features, SCORES,
+    )  # fmt: skip
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if seed is not None:
         keep = kept(seed, dropout, rows, keys, first_key, GATHERED, False)
-    _, ds = weights(
-        products, statistics, rows[:, None], keys[None, :], both(rows_valid, keys_valid), visible,
-        mask_ptr, slope, keep, keep_factor, features, SCORES,
-    )  # fmt: skip
+        dp = tl.where(keep, dp * keep_factor, 0.0)
+    ds = p * (dp - delta) * growth
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 

@@ -285,33 +285,25 @@ def kept(seed, dropout, rows, keys, first_key, GATHERED: tl.constexpr, TRANSPOSE
 
 @triton.jit
 def weights(
-    products,  # of queries and keys, then of dout and values: [BLOCK_M, BLOCK_N] or transposed
-    statistics,  # lse as a power of two and delta, expanded likewise
+    qk,  # products of queries and keys
+    lse,  # of the queries, as powers of two
     i,
     j,
     valid,
     visible,
     mask_ptr,
     slope,
-    keep,  # or None
-    keep_factor,
     features,
     SCORES: tl.constexpr,
 ):
-    """(weights after dropout, gradients of the scaled products): p, ds."""
-    qk, dp = products
-    lse, delta = statistics
+    """(p before dropout, how fast scores grow with the scaled products)."""
     growth = 1.0
     if SCORES == 0 and visible is None:
         p = tl.exp2(tl.fma(qk, features[1], -lse))
     else:
         s, growth = scores(qk, i, j, valid, visible, mask_ptr, slope, features, SCORES == 2)
         p = tl.exp2(s - lse)
-    dropped = p
-    if keep is not None:
-        dropped = tl.where(keep, p * keep_factor, 0.0)
-        dp = tl.where(keep, dp * keep_factor, 0.0)
-    return dropped, p * (dp - delta) * growth
+    return p, growth
 
 
 @triton.jit
