@@ -206,8 +206,8 @@ def dkv_kernel(
             rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
             dk, dv = _add_queries(
                 dk, dv, k, v, keys, keys_valid, q_side, dout_side, lse_ptr + own, delta_ptr + own,
-                block_m * BLOCK_M, rows, None, first_key, None, own_mask_ptr, slope, features, seed, dropout,
-                keep_factor, SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
+                block_m * BLOCK_M, rows, None, first_key, None, own_mask_ptr, slope, features,
+                seed, dropout, keep_factor, SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
             )  # fmt: skip
         for step in range(steps):
             rows, rows_valid, first_row, from_list = edge_block(
@@ -218,8 +218,8 @@ def dkv_kernel(
             visible = seen(distance, left, right, future, from_list, GLOBALS) & rows_valid[None, :]
             dk, dv = _add_queries(
                 dk, dv, k, v, keys, keys_valid, q_side, dout_side, lse_ptr + own, delta_ptr + own,
-                first_row, rows, rows_valid, first_key, visible, own_mask_ptr, slope, features, seed,
-                dropout, keep_factor, SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
+                first_row, rows, rows_valid, first_key, visible, own_mask_ptr, slope, features,
+                seed, dropout, keep_factor, SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
             )  # fmt: skip
     strides_dk = stride_dkb, stride_dkh, stride_dkn
     strides_dv = stride_dvb, stride_dvh, stride_dvn

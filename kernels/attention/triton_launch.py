@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +81,13 @@ def strides(name: str, tensor: Tensor | None, dims: str, vec: int = 1) -> dict[s
     return {f"stride_{name}{dim}": n // vec if size > 1 else 0 for dim, n, size in sizes}
 
 
-def _vector(tensors: Mapping[str, Tensor]) -> int:
-    """Elements, at most 8, that divide every row and every distance between rows."""
-    numbers = [tensor.shape[3] for tensor in tensors.values()]
-    for tensor in tensors.values():
+def vector(tensors: Iterable[Tensor], most: int = 8) -> int:
+    """Elements, at most `most`, that divide every row and every distance between rows."""
+    numbers = [most]
+    for tensor in tensors:
         numbers += [tensor.stride(dim) for dim in range(3) if tensor.shape[dim] > 1]
-    return math.gcd(8, *numbers)
+        numbers.append(tensor.shape[3])
+    return math.gcd(*numbers)
 
 
 def prepare(
@@ -103,7 +104,7 @@ def prepare(
 ) -> Call:
     """What the forward, dk/dv and dq kernels take, of one normalised call."""
     query, key, value = tensors["q"], tensors["k"], tensors["v"]
-    vec = _vector(tensors)
+    vec = vector(tensors.values())
     globals_ = pattern.windowed and (pattern.global_tokens > 0 or global_mask is not None)
     listed = _list_globals(global_mask, pattern) if globals_ else (None, None)
     dropped = seed is not None and scaling.dropout_p > 0
@@ -111,7 +112,7 @@ def prepare(
     arguments: dict[str, Any] = {
         "mask_ptr": mask.view(torch.uint8) if _is_bool(mask) else mask,
         "slopes_ptr": alibi_slopes,
-        "sinks_ptr": sinks,
+        "sinks_ptr": None if sinks is None else sinks.contiguous(),
         "seed_ptr": seed if dropped else None,
         "list_ptr": listed[0],
         "rank_ptr": listed[1],
@@ -139,8 +140,8 @@ def prepare(
         arguments |= strides(name, tensor, f"bh{row}", vec)
     arguments |= strides("mask_", mask, "bhmn", 1)
     arguments |= strides("s", alibi_slopes, "bh", 1)
-    arguments |= _reaches(pattern)
-    arguments |= _scores(mask, alibi_slopes, scaling)
+    arguments |= reaches(pattern)
+    arguments |= score_numbers(mask, alibi_slopes, scaling)
     sequences = query.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     most = pattern.max_seqlen_k if global_mask is not None else pattern.global_tokens
     return Call(arguments, sequences, min(most, pattern.max_seqlen_k) if globals_ else 0)
@@ -150,7 +151,7 @@ def _is_bool(mask: Tensor | None) -> bool:
     return mask is not None and mask.dtype == torch.bool
 
 
-def _reaches(pattern: Pattern) -> dict[str, int]:
+def reaches(pattern: Pattern) -> dict[str, int]:
     """How far a query sees by the window to both sides, and into the future by anything."""
     future = 0 if pattern.causal else FAR.value
     left, right = (
@@ -166,7 +167,7 @@ def _reaches(pattern: Pattern) -> dict[str, int]:
     }
 
 
-def _scores(mask: Tensor | None, slopes: Tensor | None, scaling: Scaling) -> dict[str, Any]:
+def score_numbers(mask: Tensor | None, slopes: Tensor | None, scaling: Scaling) -> dict[str, Any]:
     """Numbers that make products scores; SCORES: 2 with a softcap, 0 for a positive scale alone."""
     scale, cap = scaling.scale * LOG2_E, 0.0
     kind = 0 if mask is None and slopes is None and scaling.scale > 0 else 1
