@@ -231,7 +231,8 @@ def _forward_kernel(
     acc *= (keep_factor / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
     store_rows(out_side, block * BLOCK_M, rows, stored, acc, WHOLE, WIDE)
     lse_ptr += (batch * heads + h) * rows_q + first_q
-    tl.store(lse_ptr + rows, (m_i + tl.log2(l_i)) * LN_2, mask=stored)
+    lse = tl.where(l_i == 0.0, float("-inf"), tl.fma(m_i, LN_2, tl.log2(l_i) * LN_2))
+    tl.store(lse_ptr + rows, lse, mask=stored)
 
 
 def forward(

@@ -104,10 +104,12 @@ def _add_queries(
     """One block of queries; tiles are [keys, queries], so that p and ds are left operands."""
     q = load_rows(q_side, first_row, rows, rows_valid, WHOLE, WIDE)
     dout = load_rows(dout_side, first_row, rows, rows_valid, WHOLE, WIDE)
-    lse, delta = row_statistics(lse_ptr, delta_ptr, rows, rows_valid)
+    lse, rest, delta = row_statistics(lse_ptr, delta_ptr, rows, rows_valid)
+    rest = rest[None, :] if q.dtype == tl.float32 else None
     p, growth = weights(
-        tl.dot(k, tl.trans(q), input_precision=PRECISION), lse[None, :], rows[None, :],
-        keys[:, None], both(keys_valid, rows_valid), visible, mask_ptr, slope, features, SCORES,
+        tl.dot(k, tl.trans(q), input_precision=PRECISION), lse[None, :], rest,
+        rows[None, :], keys[:, None], both(keys_valid, rows_valid), visible,
+        mask_ptr, slope, features, SCORES,
     )  # fmt: skip
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     dropped = p

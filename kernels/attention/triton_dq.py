@@ -74,7 +74,7 @@ def _add_keys(
     dq,  # [BLOCK_M, BLOCK_D]
     q,
     dout,
-    statistics,  # lse as a power of two and delta [BLOCK_M, 1]
+    statistics,  # of the queries [BLOCK_M, 1]: see row_statistics
     rows,  # i [BLOCK_M]
     rows_valid,
     k_side,
@@ -98,9 +98,10 @@ def _add_keys(
     """One block of keys."""
     k = load_rows(k_side, first_key, keys, keys_valid, WHOLE, WIDE)
     v = load_rows(v_side, first_key, keys, keys_valid, WHOLE, WIDE)
-    lse, delta = statistics
+    lse, rest, delta = statistics
+    rest = rest if q.dtype == tl.float32 else None
     p, growth = weights(
-        tl.dot(q, tl.trans(k), input_precision=PRECISION), lse, rows[:, None], keys[None, :],
+        tl.dot(q, tl.trans(k), input_precision=PRECISION), lse, rest, rows[:, None], keys[None, :],
         both(rows_valid, keys_valid), visible, mask_ptr, slope, features, SCORES,
     )  # fmt: skip
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -178,8 +179,8 @@ def dq_kernel(
     q = load_rows(q_side, block * BLOCK_M, rows, rows_valid, WHOLE, WIDE)
     dout = load_rows(dout_side, block * BLOCK_M, rows, rows_valid, WHOLE, WIDE)
     own = (batch * heads + h.to(tl.int64)) * rows_q + first_q
-    lse, delta = row_statistics(lse_ptr + own, delta_ptr + own, rows, rows_valid)
-    statistics = lse[:, None], delta[:, None]
+    lse, rest, delta = row_statistics(lse_ptr + own, delta_ptr + own, rows, rows_valid)
+    statistics = lse[:, None], rest[:, None], delta[:, None]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     begin, plain_begin, plain_end, end = block_range(first, last, left, right, length_k, BLOCK_N)

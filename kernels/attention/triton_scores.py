@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E_REST = tl.constexpr(1.92596298909109e-8)  # what rounding LOG2_E to float32 leaves
 LN_2 = tl.constexpr(0.6931471805599453)
 FAR = tl.constexpr(2**30)  # a window that reaches past every position
 
@@ -287,6 +288,7 @@ def kept(seed, dropout, rows, keys, first_key, GATHERED: tl.constexpr, TRANSPOSE
 def weights(
     qk,  # products of queries and keys
     lse,  # of the queries, as powers of two
+    lse_rest,  # or None: see row_statistics
     i,
     j,
     valid,
@@ -299,23 +301,32 @@ def weights(
     """(p before dropout, how fast scores grow with the scaled products)."""
     growth = 1.0
     if SCORES == 0 and visible is None:
-        p = tl.exp2(tl.fma(qk, features[1], -lse))
+        s = tl.fma(qk, features[1], -lse)
     else:
         s, growth = scores(qk, i, j, valid, visible, mask_ptr, slope, features, SCORES == 2)
-        p = tl.exp2(s - lse)
-    return p, growth
+        s -= lse
+    if lse_rest is not None:
+        s -= lse_rest
+    return tl.exp2(s), growth
 
 
 @triton.jit
 def row_statistics(lse_ptr, delta_ptr, rows, valid):
-    """lse as a power of two, and delta, such that rows not `valid` (None: all are) weigh 0."""
+    """lse as a power of two, what its rounding leaves, and delta.
+
+    Rows that are not `valid` (None: all are) weigh 0.  In float32 gradients the rounding of
+    lse times log2(e) would show.
+    """
     if valid is None:
         lse, delta = tl.load(lse_ptr + rows), tl.load(delta_ptr + rows)
     else:
         lse = tl.load(lse_ptr + rows, mask=valid, other=float("inf"))
         delta = tl.load(delta_ptr + rows, mask=valid, other=0.0)
     # A row that saw nothing has scores of -inf only: any finite lse gives it weights of 0.
-    return tl.where(lse == float("-inf"), 0.0, lse * LOG2_E), delta
+    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    power = lse * LOG2_E
+    rest = tl.fma(lse, LOG2_E, -power) + lse * LOG2_E_REST
+    return power, tl.where(lse == float("inf"), 0.0, rest), delta
 
 
 @triton.jit
