@@ -50,6 +50,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
+# KiB that one program may have on each.
+SHARED_MEMORY = {"80": 163, "90": 227, "100": 227, "120": 99, "gfx942": 64, "gfx950": 160}
 
 
 def interpreted(kernel: Any) -> bool:
@@ -123,6 +125,36 @@ def tile(
 def resident(limit: int, cols: int, vec: int) -> bool:
     """Whether rows fit the registers: up to `limit` columns or, by Triton's version, a share."""
     return cols <= limit // (WITH_VECTORS if vec >= VECTOR else WITHOUT_VECTORS)
+
+
+@functools.cache
+def _device_target(index: int) -> GPUTarget:
+    with torch.cuda.device(index):
+        return triton.runtime.driver.active.get_current_target()
+
+
+def architecture(x: torch.Tensor) -> str:
+    """The key of tables of tiles for the device of `x`: its generation, by shared memory.
+
+    "sm_86" stands for every cuda device with 99 KiB of shared memory for a block.
+    """
+    if x.device.type == "cpu" and _gpu.stand_in is None:
+        return "interpreter"
+    on_stand_in = x.device.type == "cpu"
+    target = (
+        triton.runtime.driver.active.get_current_target()
+        if on_stand_in
+        else _device_target(x.device.index)
+    )
+    if target.backend == "hip":
+        return "gfx942"
+    generation = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(target.arch // 10)
+    return "sm_86" if generation is None or target.arch in (86, 89) else generation
+
+
+def float32_dot(x: torch.Tensor) -> str:
+    """How tl.dot multiplies float32 on the device of `x` without losing digits."""
+    return "ieee" if architecture(x) == "gfx942" else "tf32x3"
 
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -202,7 +234,7 @@ class _CompileOnlyDriver(DriverBase):
         return 0
 
     def get_device_properties(self, device: GPUTarget) -> dict[str, int]:
-        return {"max_shared_mem": 64 * 1024}  # the smallest among TARGETS
+        return {"max_shared_mem": SHARED_MEMORY[str(device.arch)] * 1024}
 
     def load_binary(
         self, name: str, binary: bytes, shared: int, device: GPUTarget

@@ -1,0 +1,266 @@
+"""Attention in Triton: a program owns a block of queries and walks over the blocks of keys it sees.
+
+Blocks that every query sees whole come first and carry no mask; those on the diagonal, at the
+window's edges and at the end follow, then the global positions outside the window, gathered from a
+list.  Queries at global positions see everything: further programs own them, gathered likewise.
+Gradients are in triton_backward.py, the maths in README.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import _triton
+from kernels.attention.pattern import Pattern, Scaling, empty_like_heads
+from kernels.attention.triton_backward import backward
+from kernels.attention.triton_launch import NUMBERS, prepare, unsupported
+from kernels.attention.triton_scores import (
+    FAR,
+    LN_2,
+    LOG2_E,
+    block_range,
+    both,
+    edge_block,
+    global_rank,
+    head_side,
+    kept,
+    load_rows,
+    own_block,
+    scores,
+    seen,
+    sequence,
+    store_rows,
+)
+
+__all__ = ["backward", "forward", "unsupported"]
+
+
+TILES = {
+    "sm_80": (
+        (2, 64, 128, 64, 8, 3),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_86": (
+        (2, 64, 128, 64, 8, 3),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_90": (
+        (2, 64, 128, 64, 8, 3),
+        (2, 128, 128, 64, 8, 3),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_100": (
+        (2, 64, 128, 64, 8, 3),
+        (2, 128, 128, 64, 8, 3),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "gfx942": (
+        (2, 64, 128, 64, 4, 1),
+        (2, 128, 64, 64, 4, 1),
+        (2, 256, 64, 32, 4, 1),
+        (4, 64, 64, 32, 4, 1),
+        (4, 128, 64, 32, 4, 1),
+        (4, 256, 32, 32, 4, 1),
+    ),
+    "interpreter": ((4, 256, 32, 32, 4, 1),),
+}
+
+
+@triton.jit
+def _attend(
+    state,  # acc [BLOCK_M, BLOCK_DV]; m, l [BLOCK_M]: largest score, sum of 2**(score - m)
+    q,  # [BLOCK_M, BLOCK_D]
+    k_side,
+    v_side,
+    rows,  # i [BLOCK_M]
+    rows_valid,
+    keys,  # j [BLOCK_N]
+    keys_valid,  # None in a plain block
+    first_key,
+    visible,  # [BLOCK_M, BLOCK_N], or None in a plain block
+    mask_ptr,  # of the head, or None
+    slope,  # of ALiBi as a power of two, or None
+    features,
+    seed,  # of dropout, or None
+    dropout,
+    SCORES: tl.constexpr,
+    GATHERED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One step of the online softmax (Milakov & Gimelshein, 2018): one block of keys."""
+    acc, m_i, l_i = state
+    k = load_rows(k_side, first_key, keys, keys_valid, WHOLE, WIDE)
+    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SCORES == 0 and visible is None:
+        scale = features[1]
+        m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
+        p = tl.exp2(tl.fma(qk, scale, -m_new[:, None]))
+        shrink = tl.exp2(m_i - m_new)
+    else:
+        valid = both(rows_valid, keys_valid)
+        i, j = rows[:, None], keys[None, :]
+        s, _ = scores(qk, i, j, valid, visible, mask_ptr, slope, features, SCORES == 2)
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # of a row that saw nothing yet
+        p = tl.exp2(s - finite[:, None])
+        shrink = tl.exp2(m_i - finite)
+    l_i = l_i * shrink + tl.sum(p, 1)
+    if seed is not None:
+        p = tl.where(kept(seed, dropout, rows, keys, first_key, GATHERED, False), p, 0.0)
+    v = load_rows(v_side, first_key, keys, keys_valid, WHOLE, WIDE)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, m_new, l_i
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _forward_kernel(
+    q_ptr,  # [B, H, Tq, D]
+    k_ptr,  # [B, Hkv, Tk, D]
+    v_ptr,  # [B, Hkv, Tk, Dv]
+    out_ptr,  # [B, H, Tq, Dv]
+    lse_ptr,  # [B, H, Tq]
+    mask_ptr,  # [B, H, Tq, Tk]
+    slopes_ptr,  # [B, H]
+    sinks_ptr,  # [H]
+    seed_ptr,  # [1]
+    list_ptr, rank_ptr,  # [B, Tk], [B, Tk + 1]: see list_globals_kernel
+    cu_q_ptr, cu_k_ptr,  # [N + 1]
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,  # in units of VEC
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_sb, stride_sh,
+    heads, group, rows_q, rows_k, head_dim, value_dim, blocks, programs,
+    lower_right, left, right, future, global_tokens, scale, cap, threshold, keep_factor,
+    VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WHOLE: tl.constexpr,
+    SCORES: tl.constexpr, GLOBALS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    block = programs - 1 - program % programs  # under a causal mask the longest come first
+    number = program // programs  # of the sequence and head: b H + h
+    b, h = (number // heads).to(tl.int64), number % heads
+    batch, first_q, first_k, length_q, length_k = b, 0, 0, rows_q, rows_k
+    if cu_q_ptr is not None:
+        batch = 0
+        first_q, length_q = sequence(cu_q_ptr, b)
+        first_k, length_k = sequence(cu_k_ptr, b)
+    offset = lower_right * (length_k - length_q)
+    if rank_ptr is not None:
+        list_ptr += b * rows_k
+        rank_ptr += b * (rows_k + 1)
+    rows, rows_valid, stored, first, last, listed = own_block(
+        block, blocks, offset, length_q, list_ptr, rank_ptr, global_tokens, length_k,
+        BLOCK_M, GLOBALS,
+    )  # fmt: skip
+    if first > last:
+        return
+    first, last = first + offset, last + offset  # positions
+    if GLOBALS:
+        left = tl.where(listed, FAR, left)
+        right = tl.where(listed, future, right)
+
+    strides_q, strides_k = (stride_qb, stride_qh, stride_qm), (stride_kb, stride_kh, stride_kn)
+    strides_v, strides_o = (stride_vb, stride_vh, stride_vn), (stride_ob, stride_oh, stride_om)
+    q_side = head_side(q_ptr, strides_q, batch, h, first_q, head_dim, BLOCK_D, VEC)
+    k_side = head_side(k_ptr, strides_k, batch, h // group, first_k, head_dim, BLOCK_D, VEC)
+    v_side = head_side(v_ptr, strides_v, batch, h // group, first_k, value_dim, BLOCK_DV, VEC)
+    out_side = head_side(out_ptr, strides_o, batch, h, first_q, value_dim, BLOCK_DV, VEC)
+    slope = slopes_ptr  # None or a number
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + b * stride_sb + h * stride_sh) * LOG2_E
+    if mask_ptr is not None:
+        mask_ptr += b * stride_mask_b + h.to(tl.int64) * stride_mask_h
+    features = offset, scale, cap, stride_mask_m, stride_mask_n
+    seed = seed_ptr
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    dropout = number, threshold
+    q = load_rows(q_side, block * BLOCK_M, rows, rows_valid, WHOLE, WIDE)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E
+        m_i, l_i = l_i + sink, l_i + tl.where(sink == float("-inf"), 0.0, 1.0)
+
+    begin, plain_begin, plain_end, end = block_range(first, last, left, right, length_k, BLOCK_N)
+    for block_n in range(plain_begin, plain_end):
+        keys = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc, m_i, l_i = _attend(
+            (acc, m_i, l_i), q, k_side, v_side, rows, rows_valid, keys, None,
+            block_n * BLOCK_N, None, mask_ptr, slope, features, seed, dropout,
+            SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
+        )  # fmt: skip
+    edges = plain_begin - begin + end - plain_end
+    steps, count = edges, 0
+    if GLOBALS:
+        reach = tl.minimum(tl.maximum(last + future + 1, 0), length_k)
+        count = global_rank(rank_ptr, reach, global_tokens, length_k)
+        steps += tl.where(listed, 0, tl.cdiv(count, BLOCK_N))
+    for step in range(steps):
+        keys, keys_valid, first_key, from_list = edge_block(
+            step, begin, plain_begin, plain_end, edges, 0, count, length_k, list_ptr, 0,
+            BLOCK_N, GLOBALS,
+        )  # fmt: skip
+        distance = keys[None, :] - offset - rows[:, None]
+        visible = seen(distance, left, right, future, from_list, GLOBALS) & keys_valid[None, :]
+        acc, m_i, l_i = _attend(
+            (acc, m_i, l_i), q, k_side, v_side, rows, rows_valid, keys, keys_valid,
+            first_key, visible, mask_ptr, slope, features, seed, dropout,
+            SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
+        )  # fmt: skip
+
+    acc *= (keep_factor / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
+    store_rows(out_side, block * BLOCK_M, rows, stored, acc, WHOLE, WIDE)
+    lse_ptr += (batch * heads + h) * rows_q + first_q
+    lse = tl.where(l_i == 0.0, float("-inf"), tl.fma(m_i, LN_2, tl.log2(l_i) * LN_2))
+    tl.store(lse_ptr + rows, lse, mask=stored)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    global_mask: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    pattern: Pattern,
+    scaling: Scaling,
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, Tq, Dv] in query's dtype; lse [B, H, Tq], float32 natural logarithms."""
+    pattern, scaling = Pattern(*pattern), Scaling(*scaling)
+    out = empty_like_heads(query, value.shape[3])
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    tensors = {"q": query, "k": key, "v": value, "o": out}
+    with _triton.device_of(query):
+        call = prepare(
+            tensors, mask, alibi_slopes, global_mask, seed, cu_seqlens_q, cu_seqlens_k,
+            pattern, scaling, sinks,
+        )  # fmt: skip
+        pointers = query, key, value, out, lse
+        call.launch(
+            _forward_kernel, pointers, TILES, pattern.max_seqlen_q, query.shape[1], "BLOCK_M"
+        )
+    return out, lse

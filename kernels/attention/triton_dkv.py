@@ -1,0 +1,231 @@
+"""dk and dv in Triton: a program owns a block of keys and walks over the queries that see it.
+
+It does so for every query head of its key head, so their sum needs no memory and no atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.attention.triton_launch import NUMBERS
+from kernels.attention.triton_scores import (
+    FAR,
+    LOG2_E,
+    block_range,
+    both,
+    edge_block,
+    global_rank,
+    head_side,
+    kept,
+    load_rows,
+    own_block,
+    row_statistics,
+    seen,
+    sequence,
+    store_rows,
+    weights,
+)
+
+TILES = {
+    "sm_80": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_86": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_90": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_100": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "gfx942": (
+        (2, 64, 64, 64, 4, 1),
+        (2, 128, 64, 64, 4, 1),
+        (2, 256, 64, 32, 4, 1),
+        (4, 64, 64, 32, 4, 1),
+        (4, 128, 64, 32, 4, 1),
+        (4, 256, 32, 32, 4, 1),
+    ),
+    "interpreter": ((4, 256, 32, 32, 4, 1),),
+}
+
+
+@triton.jit
+def _add_queries(
+    dk,  # [BLOCK_N, BLOCK_D]
+    dv,  # [BLOCK_N, BLOCK_DV]
+    k,
+    v,
+    keys,
+    keys_valid,
+    q_side,
+    dout_side,
+    lse_ptr,
+    delta_ptr,
+    first_row,
+    rows,  # i [BLOCK_M]
+    rows_valid,  # None in a plain block
+    first_key,
+    visible,  # [BLOCK_N, BLOCK_M], or None in a plain block
+    mask_ptr,  # of the head, or None
+    slope,  # of ALiBi as a power of two, or None
+    features,
+    seed,  # of dropout, or None
+    dropout,
+    keep_factor,
+    SCORES: tl.constexpr,
+    GATHERED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of queries; tiles are [keys, queries], so that p and ds are left operands."""
+    q = load_rows(q_side, first_row, rows, rows_valid, WHOLE, WIDE)
+    dout = load_rows(dout_side, first_row, rows, rows_valid, WHOLE, WIDE)
+    lse, rest, delta = row_statistics(lse_ptr, delta_ptr, rows, rows_valid)
+    rest = rest[None, :] if q.dtype == tl.float32 else None
+    p, growth = weights(
+        tl.dot(k, tl.trans(q), input_precision=PRECISION), lse[None, :], rest,
+        rows[None, :], keys[:, None], both(keys_valid, rows_valid), visible,
+        mask_ptr, slope, features, SCORES,
+    )  # fmt: skip
+    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    dropped = p
+    if seed is not None:
+        keep = kept(seed, dropout, rows, keys, first_key, GATHERED, True)
+        dropped = tl.where(keep, p * keep_factor, 0.0)
+        dp = tl.where(keep, dp * keep_factor, 0.0)
+    dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :]) * growth
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def dkv_kernel(
+    q_ptr,  # [B, H, Tq, D]
+    k_ptr,  # [B, Hkv, Tk, D]
+    v_ptr,  # [B, Hkv, Tk, Dv]
+    dout_ptr,  # [B, H, Tq, Dv]
+    lse_ptr,  # [B, H, Tq]
+    delta_ptr,  # [B, H, Tq]
+    dk_ptr,  # [B, Hkv, Tk, D]
+    dv_ptr,  # [B, Hkv, Tk, Dv]
+    mask_ptr,  # [B, H, Tq, Tk]
+    slopes_ptr,  # [B, H]
+    seed_ptr,  # [1]
+    list_ptr, rank_ptr,  # [B, Tk], [B, Tk + 1]: see list_globals_kernel
+    cu_q_ptr, cu_k_ptr,  # [N + 1]
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,  # in units of VEC
+    stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom,
+    stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_sb, stride_sh,
+    heads, group, rows_q, rows_k, head_dim, value_dim, blocks, programs, lower_right, left, right,
+    future, global_tokens, scale, cap, softmax_scale, threshold, keep_factor,
+    VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WHOLE: tl.constexpr,
+    SCORES: tl.constexpr, GLOBALS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    block = (blocks + program % programs) % programs  # keys at global positions take longest
+    number, kv_heads = program // programs, heads // group
+    b, h_kv = (number // kv_heads).to(tl.int64), number % kv_heads
+    batch, first_q, first_k, length_q, length_k = b, 0, 0, rows_q, rows_k
+    if cu_q_ptr is not None:
+        batch = 0
+        first_q, length_q = sequence(cu_q_ptr, b)
+        first_k, length_k = sequence(cu_k_ptr, b)
+    offset = lower_right * (length_k - length_q)
+    if rank_ptr is not None:
+        list_ptr += b * rows_k
+        rank_ptr += b * (rows_k + 1)
+    keys, keys_valid, stored, first, last, listed = own_block(
+        block, blocks, 0, length_k, list_ptr, rank_ptr, global_tokens, length_k, BLOCK_N, GLOBALS
+    )
+    if first > last:
+        return
+    if GLOBALS:
+        left = tl.where(listed, FAR, left)
+        right = tl.where(listed, future, right)
+
+    strides_q, strides_do = (stride_qb, stride_qh, stride_qm), (stride_dob, stride_doh, stride_dom)
+    strides_k, strides_v = (stride_kb, stride_kh, stride_kn), (stride_vb, stride_vh, stride_vn)
+    k_side = head_side(k_ptr, strides_k, batch, h_kv, first_k, head_dim, BLOCK_D, VEC)
+    v_side = head_side(v_ptr, strides_v, batch, h_kv, first_k, value_dim, BLOCK_DV, VEC)
+    first_key = block * BLOCK_N
+    k = load_rows(k_side, first_key, keys, keys_valid, WHOLE, WIDE)
+    v = load_rows(v_side, first_key, keys, keys_valid, WHOLE, WIDE)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    seed = seed_ptr
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    begin, plain_begin, plain_end, end = block_range(
+        first - offset, last - offset, right, left, length_q, BLOCK_M
+    )
+    edges = plain_begin - begin + end - plain_end
+    steps, entry, count = edges, 0, 0
+    if GLOBALS:
+        reach = tl.minimum(tl.maximum(first - future, 0), length_k)
+        entry = global_rank(rank_ptr, reach, global_tokens, length_k)
+        count = global_rank(rank_ptr, length_k, global_tokens, length_k)
+        steps += tl.where(listed, 0, tl.cdiv(count - entry, BLOCK_M))
+    for member in range(group):
+        h = h_kv * group + member
+        q_side = head_side(q_ptr, strides_q, batch, h, first_q, head_dim, BLOCK_D, VEC)
+        dout_side = head_side(dout_ptr, strides_do, batch, h, first_q, value_dim, BLOCK_DV, VEC)
+        slope, own_mask_ptr = slopes_ptr, mask_ptr
+        if slopes_ptr is not None:
+            slope = tl.load(slopes_ptr + b * stride_sb + h * stride_sh) * LOG2_E
+        if mask_ptr is not None:
+            own_mask_ptr = mask_ptr + b * stride_mask_b + h.to(tl.int64) * stride_mask_h
+        features = offset, scale, cap, stride_mask_m, stride_mask_n
+        dropout = (b * heads + h).to(tl.int32), threshold
+        own = (batch * heads + h.to(tl.int64)) * rows_q + first_q
+        for block_m in range(plain_begin, plain_end):
+            rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+            dk, dv = _add_queries(
+                dk, dv, k, v, keys, keys_valid, q_side, dout_side, lse_ptr + own, delta_ptr + own,
+                block_m * BLOCK_M, rows, None, first_key, None, own_mask_ptr, slope, features,
+                seed, dropout, keep_factor, SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
+            )  # fmt: skip
+        for step in range(steps):
+            rows, rows_valid, first_row, from_list = edge_block(
+                step, begin, plain_begin, plain_end, edges, entry, count, length_q, list_ptr,
+                offset, BLOCK_M, GLOBALS,
+            )  # fmt: skip
+            distance = keys[:, None] - offset - rows[None, :]
+            visible = seen(distance, left, right, future, from_list, GLOBALS) & rows_valid[None, :]
+            dk, dv = _add_queries(
+                dk, dv, k, v, keys, keys_valid, q_side, dout_side, lse_ptr + own, delta_ptr + own,
+                first_row, rows, rows_valid, first_key, visible, own_mask_ptr, slope, features,
+                seed, dropout, keep_factor, SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
+            )  # fmt: skip
+    strides_dk = stride_dkb, stride_dkh, stride_dkn
+    strides_dv = stride_dvb, stride_dvh, stride_dvn
+    dk_side = head_side(dk_ptr, strides_dk, batch, h_kv, first_k, head_dim, BLOCK_D, VEC)
+    dv_side = head_side(dv_ptr, strides_dv, batch, h_kv, first_k, value_dim, BLOCK_DV, VEC)
+    store_rows(dk_side, first_key, keys, stored, dk * softmax_scale, WHOLE, WIDE)
+    store_rows(dv_side, first_key, keys, stored, dv, WHOLE, WIDE)

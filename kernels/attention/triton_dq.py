@@ -1,0 +1,215 @@
+"""dq in Triton: a program owns a block of queries and walks over the keys it sees."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.attention.triton_launch import NUMBERS
+from kernels.attention.triton_scores import (
+    FAR,
+    LOG2_E,
+    block_range,
+    both,
+    edge_block,
+    global_rank,
+    head_side,
+    kept,
+    load_rows,
+    own_block,
+    row_statistics,
+    seen,
+    sequence,
+    store_rows,
+    weights,
+)
+
+TILES = {
+    "sm_80": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_86": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_90": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "sm_100": (
+        (2, 64, 64, 64, 4, 2),
+        (2, 128, 64, 64, 4, 2),
+        (2, 256, 64, 32, 4, 2),
+        (4, 64, 64, 32, 4, 2),
+        (4, 128, 64, 32, 8, 2),
+        (4, 256, 32, 32, 8, 1),
+    ),
+    "gfx942": (
+        (2, 64, 64, 64, 4, 1),
+        (2, 128, 64, 64, 4, 1),
+        (2, 256, 64, 32, 4, 1),
+        (4, 64, 64, 32, 4, 1),
+        (4, 128, 64, 32, 4, 1),
+        (4, 256, 32, 32, 4, 1),
+    ),
+    "interpreter": ((4, 256, 32, 32, 4, 1),),
+}
+
+
+@triton.jit
+def _add_keys(
+    dq,  # [BLOCK_M, BLOCK_D]
+    q,
+    dout,
+    statistics,  # of the queries [BLOCK_M, 1]: see row_statistics
+    rows,  # i [BLOCK_M]
+    rows_valid,
+    k_side,
+    v_side,
+    keys,  # j [BLOCK_N]
+    keys_valid,  # None in a plain block
+    first_key,
+    visible,  # [BLOCK_M, BLOCK_N], or None in a plain block
+    mask_ptr,  # of the head, or None
+    slope,  # of ALiBi as a power of two, or None
+    features,
+    seed,  # of dropout, or None
+    dropout,
+    keep_factor,
+    SCORES: tl.constexpr,
+    GATHERED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of keys."""
+    k = load_rows(k_side, first_key, keys, keys_valid, WHOLE, WIDE)
+    v = load_rows(v_side, first_key, keys, keys_valid, WHOLE, WIDE)
+    lse, rest, delta = statistics
+    rest = rest if q.dtype == tl.float32 else None
+    p, growth = weights(
+        tl.dot(q, tl.trans(k), input_precision=PRECISION), lse, rest, rows[:, None], keys[None, :],
+        both(rows_valid, keys_valid), visible, mask_ptr, slope, features, SCORES,
+    )  # fmt: skip
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    if seed is not None:
+        keep = kept(seed, dropout, rows, keys, first_key, GATHERED, False)
+        dp = tl.where(keep, dp * keep_factor, 0.0)
+    ds = p * (dp - delta) * growth
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def dq_kernel(
+    q_ptr,  # [B, H, Tq, D]
+    k_ptr,  # [B, Hkv, Tk, D]
+    v_ptr,  # [B, Hkv, Tk, Dv]
+    dout_ptr,  # [B, H, Tq, Dv]
+    lse_ptr,  # [B, H, Tq]
+    delta_ptr,  # [B, H, Tq]
+    dq_ptr,  # [B, H, Tq, D]
+    mask_ptr,  # [B, H, Tq, Tk]
+    slopes_ptr,  # [B, H]
+    seed_ptr,  # [1]
+    list_ptr, rank_ptr,  # [B, Tk], [B, Tk + 1]: see list_globals_kernel
+    cu_q_ptr, cu_k_ptr,  # [N + 1]
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,  # in units of VEC
+    stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom,
+    stride_dqb, stride_dqh, stride_dqm,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_sb, stride_sh,
+    heads, group, rows_q, rows_k, head_dim, value_dim, blocks, programs, lower_right, left, right,
+    future, global_tokens, scale, cap, softmax_scale, threshold, keep_factor,
+    VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WHOLE: tl.constexpr,
+    SCORES: tl.constexpr, GLOBALS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    block = programs - 1 - program % programs  # under a causal mask the longest come first
+    number = program // programs  # of the sequence and head: b H + h
+    b, h = (number // heads).to(tl.int64), number % heads
+    batch, first_q, first_k, length_q, length_k = b, 0, 0, rows_q, rows_k
+    if cu_q_ptr is not None:
+        batch = 0
+        first_q, length_q = sequence(cu_q_ptr, b)
+        first_k, length_k = sequence(cu_k_ptr, b)
+    offset = lower_right * (length_k - length_q)
+    if rank_ptr is not None:
+        list_ptr += b * rows_k
+        rank_ptr += b * (rows_k + 1)
+    rows, rows_valid, stored, first, last, listed = own_block(
+        block, blocks, offset, length_q, list_ptr, rank_ptr, global_tokens, length_k,
+        BLOCK_M, GLOBALS,
+    )  # fmt: skip
+    if first > last:
+        return
+    first, last = first + offset, last + offset  # positions
+    if GLOBALS:
+        left = tl.where(listed, FAR, left)
+        right = tl.where(listed, future, right)
+
+    strides_q, strides_k = (stride_qb, stride_qh, stride_qm), (stride_kb, stride_kh, stride_kn)
+    strides_v, strides_do = (stride_vb, stride_vh, stride_vn), (stride_dob, stride_doh, stride_dom)
+    q_side = head_side(q_ptr, strides_q, batch, h, first_q, head_dim, BLOCK_D, VEC)
+    k_side = head_side(k_ptr, strides_k, batch, h // group, first_k, head_dim, BLOCK_D, VEC)
+    v_side = head_side(v_ptr, strides_v, batch, h // group, first_k, value_dim, BLOCK_DV, VEC)
+    dout_side = head_side(dout_ptr, strides_do, batch, h, first_q, value_dim, BLOCK_DV, VEC)
+    slope = slopes_ptr  # None or a number
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + b * stride_sb + h * stride_sh) * LOG2_E
+    if mask_ptr is not None:
+        mask_ptr += b * stride_mask_b + h.to(tl.int64) * stride_mask_h
+    features = offset, scale, cap, stride_mask_m, stride_mask_n
+    seed = seed_ptr
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    dropout = number, threshold
+    q = load_rows(q_side, block * BLOCK_M, rows, rows_valid, WHOLE, WIDE)
+    dout = load_rows(dout_side, block * BLOCK_M, rows, rows_valid, WHOLE, WIDE)
+    own = (batch * heads + h.to(tl.int64)) * rows_q + first_q
+    lse, rest, delta = row_statistics(lse_ptr + own, delta_ptr + own, rows, rows_valid)
+    statistics = lse[:, None], rest[:, None], delta[:, None]
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    begin, plain_begin, plain_end, end = block_range(first, last, left, right, length_k, BLOCK_N)
+    for block_n in range(plain_begin, plain_end):
+        keys = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        dq = _add_keys(
+            dq, q, dout, statistics, rows, rows_valid, k_side, v_side, keys, None,
+            block_n * BLOCK_N, None, mask_ptr, slope, features, seed, dropout, keep_factor,
+            SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
+        )  # fmt: skip
+    edges = plain_begin - begin + end - plain_end
+    steps, count = edges, 0
+    if GLOBALS:
+        reach = tl.minimum(tl.maximum(last + future + 1, 0), length_k)
+        count = global_rank(rank_ptr, reach, global_tokens, length_k)
+        steps += tl.where(listed, 0, tl.cdiv(count, BLOCK_N))
+    for step in range(steps):
+        keys, keys_valid, first_key, from_list = edge_block(
+            step, begin, plain_begin, plain_end, edges, 0, count, length_k, list_ptr, 0,
+            BLOCK_N, GLOBALS,
+        )  # fmt: skip
+        distance = keys[None, :] - offset - rows[:, None]
+        visible = seen(distance, left, right, future, from_list, GLOBALS) & keys_valid[None, :]
+        dq = _add_keys(
+            dq, q, dout, statistics, rows, rows_valid, k_side, v_side, keys, keys_valid,
+            first_key, visible, mask_ptr, slope, features, seed, dropout, keep_factor,
+            SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
+        )  # fmt: skip
+
+    strides_dq = stride_dqb, stride_dqh, stride_dqm
+    dq_side = head_side(dq_ptr, strides_dq, batch, h, first_q, head_dim, BLOCK_D, VEC)
+    store_rows(dq_side, block * BLOCK_M, rows, stored, dq * softmax_scale, WHOLE, WIDE)
