@@ -120,16 +120,13 @@ __global__ void __launch_bounds__(BackwardShape<T, kColumns, false>::kThreads, B
     const Subset keys = walk.subset(tile);
     const auto row_at = [&](int r) { return keys.at(walk.start(tile) + r); };
     const Chunks stage = stages.from_row(tile % 2 * 2 * kTile);
-    load_tile<kTile, Shape::kThreads>(stage, key, row_at);
-    load_tile<kTile, Shape::kThreads>(stage.from_row(kTile), value, row_at);
+    load_tiles<kTile, Shape::kThreads>(stage, key, value, row_at);
   };
   if (walk.tiles > 0) {
     const auto row_at = [&](int r) { return rows.at(place.first + r); };
     const Rows<T> query = args.query.rows<T>(sequence.batch, place.head, sequence.query0);
     const Rows<T> dout = args.dout.rows<T>(sequence.batch, place.head, sequence.query0);
-    load_tile<kRows, Shape::kThreads>(queries, query, row_at);
-    load_tile<kRows, Shape::kThreads>(douts, dout, row_at);
-    load_keys(0);
+    load_tiles<kRows, Shape::kThreads>(queries, query, dout, row_at);
   }
 
   const int warp_row = threadIdx.x / kWarp * 16 * kM, row0 = place.first + warp_row;
@@ -146,10 +143,13 @@ __global__ void __launch_bounds__(BackwardShape<T, kColumns, false>::kThreads, B
   const bool elaborate = plane.elaborate() || place.gathered || a.seed != nullptr;
 
 #pragma unroll 1
-  for (int tile = 0; tile < walk.tiles; ++tile) {
-    wait_for_copies();
-    __syncthreads();  // the tile is there for all, and nobody reads the one before any more
+  for (int tile = -1; tile < walk.tiles; ++tile) {
+    if (tile >= 0) {
+      wait_for_copies();
+      __syncthreads();  // the tile is there for all, and nobody reads the one before any more
+    }
     if (tile + 1 < walk.tiles) load_keys(tile + 1);
+    if (tile < 0) continue;
     const Chunks stage = stages.from_row(tile % 2 * 2 * kTile);
     const int key0 = walk.start(tile);
     Work work = Work::kElementwise;
@@ -210,8 +210,7 @@ __global__ void __launch_bounds__(BackwardShape<T, kColumns, true>::kThreads, Ba
     const Chunks stage = stages.from_row(step % 2 * 2 * kTile);
     const Rows<T> query = args.query.rows<T>(sequence.batch, head, sequence.query0);
     const Rows<T> dout = args.dout.rows<T>(sequence.batch, head, sequence.query0);
-    load_tile<kTile, Shape::kThreads>(stage, query, row_at);
-    load_tile<kTile, Shape::kThreads>(stage.from_row(kTile), dout, row_at);
+    load_tiles<kTile, Shape::kThreads>(stage, query, dout, row_at);
     if (threadIdx.x < kTile) {
       const int row = row_at(threadIdx.x);
       const int64_t at = sequence.lse0(a, head) + row;
@@ -224,9 +223,7 @@ __global__ void __launch_bounds__(BackwardShape<T, kColumns, true>::kThreads, Ba
     const auto row_at = [&](int r) { return rows.at(place.first + r); };
     const Rows<T> key = args.key.rows<T>(sequence.batch, place.head, sequence.key0);
     const Rows<T> value = args.value.rows<T>(sequence.batch, place.head, sequence.key0);
-    load_tile<kRows, Shape::kThreads>(keys, key, row_at);
-    load_tile<kRows, Shape::kThreads>(values, value, row_at);
-    load_queries(0);
+    load_tiles<kRows, Shape::kThreads>(keys, key, value, row_at);
   }
 
   const int warp_row = threadIdx.x / kWarp * 16 * kM, row0 = place.first + warp_row;
@@ -237,10 +234,13 @@ __global__ void __launch_bounds__(BackwardShape<T, kColumns, true>::kThreads, Ba
   auto& dkey = gradients[Shape::kSplit ? 0 : 1];
 
 #pragma unroll 1
-  for (int step = 0; step < tiles; ++step) {
-    wait_for_copies();
-    __syncthreads();  // the tile is there for all, and nobody reads the one before any more
+  for (int step = -1; step < tiles; ++step) {
+    if (step >= 0) {
+      wait_for_copies();
+      __syncthreads();  // the tile is there for all, and nobody reads the one before any more
+    }
     if (step + 1 < tiles) load_queries(step + 1);
+    if (step < 0) continue;
     const int tile = step % walk.tiles, query0 = walk.start(tile);
     const Chunks stage = stages.from_row(step % 2 * 2 * kTile);
     const Plane<T> plane(a, sequence, place.head * a.group + step / walk.tiles);

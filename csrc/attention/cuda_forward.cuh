@@ -138,14 +138,12 @@ __global__ void __launch_bounds__(ForwardShape<T, kColumns>::kThreads, ForwardSh
     const Subset keys = walk.subset(tile);
     const auto row_at = [&](int r) { return keys.at(walk.start(tile) + r); };
     const Chunks stage = stages.from_row(tile % 2 * 2 * kKeys);
-    load_tile<kKeys, Shape::kThreads>(stage, key, row_at);
-    load_tile<kKeys, Shape::kThreads>(stage.from_row(kKeys), value, row_at);
+    load_tiles<kKeys, Shape::kThreads>(stage, key, value, row_at);
   };
   if (walk.tiles > 0) {
     const Rows<T> query = args.query.rows<T>(sequence.batch, place.head, sequence.query0);
     load_tile<kRows, Shape::kThreads>(queries, query,
                                       [&](int r) { return rows.at(place.first + r); });
-    load_keys(0);
   }
 
   const int warp_row = threadIdx.x / kWarp * 16 * kM;
@@ -160,10 +158,13 @@ __global__ void __launch_bounds__(ForwardShape<T, kColumns>::kThreads, ForwardSh
   const bool elaborate = plane.elaborate() || place.gathered;
 
 #pragma unroll 1
-  for (int tile = 0; tile < walk.tiles; ++tile) {
-    wait_for_copies();
-    __syncthreads();  // the tile is there for all, and nobody reads the one before any more
+  for (int tile = -1; tile < walk.tiles; ++tile) {
+    if (tile >= 0) {
+      wait_for_copies();
+      __syncthreads();  // the tile is there for all, and nobody reads the one before any more
+    }
     if (tile + 1 < walk.tiles) load_keys(tile + 1);
+    if (tile < 0) continue;
     const Chunks stage = stages.from_row(tile % 2 * 2 * kKeys);
     const int key0 = walk.start(tile);
     Work work = Work::kElementwise;

@@ -43,34 +43,38 @@ __device__ __forceinline__ int padded(int columns) { return (columns + 31) & ~31
 template <int kRows, int kThreads, typename T, int kColumns, typename F>
 __device__ __forceinline__ void load_tile(Tile<T, kColumns> tile, const Rows<T>& from, F row_at) {
   using Chunks = Tile<T, kColumns>;
-  const int thread = threadIdx.x, columns = padded(from.columns);
-  constexpr int kAll = kRows * Chunks::kChunks;
-  if (from.vectors) {
-#pragma unroll 2
-    for (int index = thread; index < kAll; index += kThreads) {
-      const int r = index / Chunks::kChunks, chunk = index % Chunks::kChunks;
-      const int column = chunk * Chunks::kPerChunk;
-      if (column >= columns) continue;
-      const int row = row_at(r);
-      const int there = row < 0 ? 0 : min(max(from.columns - column, 0), Chunks::kPerChunk);
-      const T* source = there ? from.at + row * from.stride + column : from.at;
-      copy_async(tile.chunk_at(r, chunk), source, there * static_cast<int>(sizeof(T)));
-    }
-    return;
-  }
+  const int columns = padded(from.columns);
 #pragma unroll 1
-  for (int index = thread; index < kAll; index += kThreads) {
+  for (int index = threadIdx.x; index < kRows * Chunks::kChunks; index += kThreads) {
     const int r = index / Chunks::kChunks, chunk = index % Chunks::kChunks;
     const int column = chunk * Chunks::kPerChunk;
     if (column >= columns) continue;
     const int row = row_at(r);
-    const T* source = from.at + row * from.stride + column;
+    const int there = row < 0 ? 0 : min(max(from.columns - column, 0), Chunks::kPerChunk);
+    const T* source = there ? from.at + row * from.stride + column : from.at;
+    if (from.vectors) {
+      copy_async(tile.chunk_at(r, chunk), source, there * static_cast<int>(sizeof(T)));
+      continue;
+    }
     Vec<T, Chunks::kPerChunk> values = Vec<T, Chunks::kPerChunk>::zero();
 #pragma unroll
     for (int i = 0; i < Chunks::kPerChunk; ++i) {
-      if (row >= 0 && column + i < from.columns) values.at[i] = source[i];
+      if (i < there) values.at[i] = source[i];
     }
     values.store(tile.chunk_at(r, chunk));
+  }
+}
+
+// Two tiles, one after the other in shared memory, of the same rows of two tensors.
+template <int kRows, int kThreads, typename T, int kColumns, typename F>
+__device__ __forceinline__ void load_tiles(Tile<T, kColumns> tiles, const Rows<T>& first,
+                                           const Rows<T>& second, F row_at) {
+#pragma unroll 1
+  for (int which = 0; which < 2; ++which) {
+    const Rows<T> from{which ? second.at : first.at, which ? second.stride : first.stride,
+                       which ? second.columns : first.columns,
+                       which ? second.vectors : first.vectors};
+    load_tile<kRows, kThreads>(tiles.from_row(which * kRows), from, row_at);
   }
 }
 
