@@ -250,10 +250,11 @@ __device__ __forceinline__ void store_rows(const Accumulator (&c)[kM][kN], Tile<
         for (int n = 0; n < kN; n += 4) {
 #pragma unroll
           for (int odd = 0; odd < 2; ++odd) {
-            Vec<float, 4> values;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) values.at[i] = c[m][n + i][2 * half + odd] * scale;
-            values.store(tile.chunk_at(row, 2 * n + lane % 4 * 2 + odd));
+            const int e = 2 * half + odd;
+            float* to_chunk = tile.chunk_at(row, 2 * n + lane % 4 * 2 + odd);
+            *reinterpret_cast<float4*>(to_chunk) =
+                make_float4(c[m][n][e] * scale, c[m][n + 1][e] * scale, c[m][n + 2][e] * scale,
+                            c[m][n + 3][e] * scale);
           }
         }
       }
