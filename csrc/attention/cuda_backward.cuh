@@ -53,7 +53,7 @@ __device__ __forceinline__ void differentiate(Accumulator (&s)[kM][kN], Accumula
   const int lane = threadIdx.x % kWarp;
   const bool dropout = a.seed != nullptr;
   uint64_t bits = ~uint64_t{0};
-  float factor = a.scale * kLog2E;
+  float factor = plane.factor();
   if (dropout) bits = keep_bits<kM, kN, kKeysKept>(plane, rows, row0, columns, column0);
   if (elementwise) {
 #pragma unroll 1
@@ -77,7 +77,7 @@ __device__ __forceinline__ void differentiate(Accumulator (&s)[kM][kN], Accumula
       rotate(s);
       rotate(dp);
     }
-    factor = 1.f;
+    factor = plane.scored_factor();
   }
 #pragma unroll
   for (int column = 0; column < 2 * kN; ++column) {

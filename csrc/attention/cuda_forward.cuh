@@ -176,10 +176,10 @@ __global__ void __launch_bounds__(ForwardShape<T, kColumns>::kThreads, ForwardSh
 
     Accumulator s[kM][kN] = {};
     multiply_rows<T>(s, own, stage, args.key.columns);
-    float factor = a.scale * kLog2E;
+    float factor = plane.factor();
     if (elaborate || work != Work::kPlain) {
       score_tile(s, plane, walk.band(tile), row, walk.subset(tile), key0);
-      factor = 1.f;
+      factor = plane.scored_factor();
     }
     softmax.weigh(s, out, factor);
     if (a.seed != nullptr) {

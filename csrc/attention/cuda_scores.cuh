@@ -33,26 +33,37 @@ struct Plane {
     seed_high = static_cast<unsigned>(seed >> 32);
   }
 
+  // Are scores more than products times scale, or is that no positive number, so that -inf does not
+  // stand for "not seen" before it?
+  __device__ __forceinline__ bool composed() const {
+    return a.softcap != 0.f || a.alibi_slopes != nullptr || a.mask_kind > Mask::kBool ||
+           !(a.scale > 0.f);
+  }
   // Does every tile need `score`?
   __device__ __forceinline__ bool elaborate() const {
-    return a.softcap != 0.f || a.alibi_slopes != nullptr || a.mask_kind != Mask::kNone ||
-           a.scale < 0.f;
+    return composed() || a.mask_kind == Mask::kBool;
   }
+  // What turns products, or what `score` makes of them, into scores in powers of two.
+  __device__ __forceinline__ float factor() const { return a.scale * kLog2E; }
+  __device__ __forceinline__ float scored_factor() const { return composed() ? 1.f : factor(); }
 
-  // The score of query i and key j from their product, in powers of two; -inf where not seen or
-  // where a number is negative. `derivative` is the softcap's.
+  // The score of query i and key j from their product, divided by scored_factor; -inf where not
+  // seen or where a number is negative. `derivative` is the softcap's.
   __device__ __forceinline__ float score(float product, int i, int j, const Band& band,
                                          float& derivative) const {
     const int distance = j - i - offset;
     bool seen = (i | j) >= 0 && band.has(distance);
-    float s = product * a.scale;
     derivative = 1.f;
-    if (a.softcap != 0.f) {
-      const float t = tanhf(s / a.softcap);
-      derivative = fmaf(-t, t, 1.f);
-      s = a.softcap * t;
+    float s = product;
+    if (composed()) {
+      s *= a.scale;
+      if (a.softcap != 0.f) {
+        const float t = tanhf(s / a.softcap);
+        derivative = fmaf(-t, t, 1.f);
+        s = a.softcap * t;
+      }
+      s = fmaf(-slope, static_cast<float>(abs(distance)), s);
     }
-    s = fmaf(-slope, static_cast<float>(abs(distance)), s);
     if (a.mask_kind != Mask::kNone && seen) {
       const int64_t at = i * a.mask_query + j * a.mask_key;
       if (a.mask_kind == Mask::kBool) {
@@ -63,7 +74,8 @@ struct Plane {
         s += to_float(static_cast<const T*>(mask)[at]);
       }
     }
-    return seen ? s * kLog2E : -INFINITY;
+    if (composed()) s *= kLog2E;
+    return seen ? s : -INFINITY;
   }
 };
 
