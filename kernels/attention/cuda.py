@@ -64,9 +64,7 @@ def _heads(tensor: Tensor | None) -> tuple[int, ...]:
     return (address(tensor), *_strides(tensor)[:3], tensor.shape[3])
 
 
-def _global_positions(
-    global_mask: Tensor, global_tokens: int, keys: int
-) -> tuple[Tensor, Tensor]:
+def _global_positions(global_mask: Tensor, global_tokens: int, keys: int) -> tuple[Tensor, Tensor]:
     """int32 [B, keys]: the global positions in order, and int32 [B]: how many there are."""
     batches = global_mask.shape[0]
     positions = torch.empty((batches, keys), dtype=torch.int32, device=global_mask.device)
@@ -113,9 +111,7 @@ class _Problem:
         self.global_mask = global_mask if pattern.windowed else None
         self.positions: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.global_mask is not None:
-            self.positions = _global_positions(
-                self.global_mask, self.global_tokens, key.shape[2]
-            )
+            self.positions = _global_positions(self.global_mask, self.global_tokens, key.shape[2])
 
     def flat(self) -> list[int | float]:
         pattern, scaling = self.pattern, self.scaling
