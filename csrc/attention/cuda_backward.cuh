@@ -30,14 +30,14 @@ struct BackwardShape {
   static constexpr int kRows = 16 * kM * kWarps;
   static constexpr int kThreads = kWarp * kWarps;
   static constexpr int kBlocks = 8 / kWarps;  // of a multiprocessor: a thread may have 255 registers
-  // Two tiles of kept rows, two stages of two streamed ones, lse and delta of streamed queries.
+  // Two tiles of kept rows, two stages of two streamed ones, lse (split) and delta of the queries.
   static constexpr size_t kShared =
-      sizeof(T) * kColumns * (2 * kRows + 4 * kTile) + (kKeysKept ? 4 * sizeof(float) * kTile : 0);
+      sizeof(T) * kColumns * (2 * kRows + 4 * kTile) + (kKeysKept ? 6 * sizeof(float) * kTile : 0);
 };
 
 // In powers of two; such that a row that saw nothing has weights 2^(-inf).
-__device__ __forceinline__ float lse_base2(float lse) {
-  return lse == -INFINITY ? INFINITY : lse * kLog2E;
+__device__ __forceinline__ Split lse_base2(float lse) {
+  return lse == -INFINITY ? Split{INFINITY, 0.f} : times_log2e(lse);
 }
 
 // s: products to weights, those of dropout included. dp: their gradients, to those of the products.
@@ -52,8 +52,8 @@ __device__ __forceinline__ void differentiate(Accumulator (&s)[kM][kN], Accumula
   const Problem& a = plane.a;
   const int lane = threadIdx.x % kWarp;
   const bool dropout = a.seed != nullptr;
-  uint64_t bits = ~uint64_t{0};
-  float factor = plane.factor();
+  auto bits = static_cast<Bits<kM, kN>>(-1);
+  const Split factor = plane.factor(elementwise);
   if (dropout) bits = keep_bits<kM, kN, kKeysKept>(plane, rows, row0, columns, column0);
   if (elementwise) {
 #pragma unroll 1
@@ -77,7 +77,6 @@ __device__ __forceinline__ void differentiate(Accumulator (&s)[kM][kN], Accumula
       rotate(s);
       rotate(dp);
     }
-    factor = plane.scored_factor();
   }
 #pragma unroll
   for (int column = 0; column < 2 * kN; ++column) {
@@ -86,10 +85,10 @@ __device__ __forceinline__ void differentiate(Accumulator (&s)[kM][kN], Accumula
       const int e = r % 2 * 2 + column % 2;
       float& product = s[r / 2][column / 2][e];
       float& gradient = dp[r / 2][column / 2][e];
-      const float weight = exp2_fast(fmaf(product, factor, -lse_at(r, column)));
-      gradient = weight * (elementwise ? gradient : gradient - delta_at(r, column));
+      const float p = weight<T>(product, factor, lse_at(r, column));
+      gradient = p * (elementwise ? gradient : gradient - delta_at(r, column));
       const bool kept = bits >> keep_bit<kM, kN, kKeysKept>(r, column) & 1;
-      product = kept ? weight : 0.f;
+      product = kept ? p : 0.f;
     }
   }
 }
@@ -131,12 +130,13 @@ __global__ void __launch_bounds__(BackwardShape<T, kColumns, false>::kThreads, B
 
   const int warp_row = threadIdx.x / kWarp * 16 * kM, row0 = place.first + warp_row;
   const Chunks own = queries.from_row(warp_row);
-  float lse[2 * kM], delta[2 * kM];
+  Split lse[2 * kM];
+  float delta[2 * kM];
 #pragma unroll
   for (int r = 0; r < 2 * kM; ++r) {
     const int row = rows.at(row0 + 8 * r + threadIdx.x % kWarp / 4);
     const int64_t at = sequence.lse0(a, place.head) + row;
-    lse[r] = row < 0 ? INFINITY : lse_base2(args.lse[at]);
+    lse[r] = lse_base2(row < 0 ? -INFINITY : args.lse[at]);
     delta[r] = row < 0 ? 0.f : args.delta[at];
   }
   Accumulator dquery[kM][kColumns / 8] = {};
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(BackwardShape<T, kColumns, true>::kThreads, Ba
   const Chunks keys{reinterpret_cast<T*>(memory)};
   const Chunks values = keys.from_row(kRows);
   const Chunks stages = keys.from_row(2 * kRows);
-  float* statistics = reinterpret_cast<float*>(stages.from_row(4 * kTile).at);  // [2, 2, kTile]
+  float* statistics = reinterpret_cast<float*>(stages.from_row(4 * kTile).at);  // [2, 3, kTile]
 
   const Problem& a = args.problem;
   const Place place(args.grid, kRows);
@@ -214,9 +214,11 @@ __global__ void __launch_bounds__(BackwardShape<T, kColumns, true>::kThreads, Ba
     if (threadIdx.x < kTile) {
       const int row = row_at(threadIdx.x);
       const int64_t at = sequence.lse0(a, head) + row;
-      float* to = statistics + step % 2 * 2 * kTile + threadIdx.x;
-      to[0] = row < 0 ? INFINITY : lse_base2(args.lse[at]);
-      to[kTile] = row < 0 ? 0.f : args.delta[at];
+      const Split lse = lse_base2(row < 0 ? -INFINITY : args.lse[at]);
+      float* to = statistics + step % 2 * 3 * kTile + threadIdx.x;
+      to[0] = lse.high;
+      to[kTile] = lse.low;
+      to[2 * kTile] = row < 0 ? 0.f : args.delta[at];
     }
   };
   if (tiles > 0) {
@@ -258,12 +260,14 @@ __global__ void __launch_bounds__(BackwardShape<T, kColumns, true>::kThreads, Ba
     }
     const bool elementwise =
         work != Work::kPlain || place.gathered || plane.elaborate() || a.seed != nullptr;
-    const float* lse = statistics + step % 2 * 2 * kTile + threadIdx.x % 4 * 2;
-    const auto of_column = [](int column) { return column / 2 * 8 + column % 2; };
+    const float* own_columns = statistics + step % 2 * 3 * kTile + threadIdx.x % 4 * 2;
+    const auto at_column = [&](int which, int column) {
+      return own_columns[which * kTile + column / 2 * 8 + column % 2];
+    };
     differentiate<true>(
         s, dp, plane, walk.band(tile), elementwise, rows, row0, walk.subset(tile), query0,
-        [&](int, int column) { return lse[of_column(column)]; },
-        [&](int, int column) { return lse[kTile + of_column(column)]; });
+        [&](int, int column) { return Split{at_column(0, column), at_column(1, column)}; },
+        [&](int, int column) { return at_column(2, column); });
     if (with_dvalue) multiply_columns<T>(dvalue, s, stage.from_row(kTile), args.value.columns);
     if (with_dkey) multiply_columns<T>(dkey, dp, stage, args.key.columns);
   }

@@ -45,9 +45,9 @@ struct Softmax {
   }
 
   // Replaces scores / factor by weights relative to the new maximum, and rescales `out` to it.
-  template <int kN, int kColumnTiles>
+  template <typename T, int kN, int kColumnTiles>
   __device__ __forceinline__ void weigh(Accumulator (&s)[kM][kN],
-                                        Accumulator (&out)[kM][kColumnTiles], float factor) {
+                                        Accumulator (&out)[kM][kColumnTiles], Split factor) {
 #pragma unroll
     for (int row = 0; row < 2 * kM; ++row) {
       const int m = row / 2, e = row % 2 * 2;
@@ -56,7 +56,7 @@ struct Softmax {
       for (int n = 1; n < kN; ++n) most = fmaxf(most, fmaxf(s[m][n][e], s[m][n][e + 1]));
       most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
       most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
-      const float next = fmaxf(top[row], most * factor);
+      const float next = fmaxf(top[row], most * factor.high);
       const float base = next == -INFINITY ? 0.f : next;  // -inf - -inf is no number
       const float shrink = exp2_fast(top[row] - base);
       top[row] = next;
@@ -70,7 +70,7 @@ struct Softmax {
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int c = e; c < e + 2; ++c) {
-          s[m][n][c] = exp2_fast(fmaf(s[m][n][c], factor, -base));
+          s[m][n][c] = weight<T>(s[m][n][c], factor, {base, 0.f});
           sum[row] += s[m][n][c];
         }
       }
@@ -81,7 +81,7 @@ struct Softmax {
 // Products to scores in powers of two, all of them looked at one by one.
 template <int kM, int kN, typename T>
 __device__ __forceinline__ void score_tile(Accumulator (&s)[kM][kN], const Plane<T>& plane,
-                                           const Band& band, const int (&row)[2 * kM],
+                                           const Band& band, const Subset& rows, int row0,
                                            const Subset& keys, int key0) {
   float derivative;
 #pragma unroll 1
@@ -92,7 +92,8 @@ __device__ __forceinline__ void score_tile(Accumulator (&s)[kM][kN], const Plane
 #pragma unroll
       for (int r = 0; r < 2 * kM; ++r) {
         float& element = s[r / 2][0][r % 2 * 2 + c];
-        element = plane.score(element, row[r], j, band, derivative);
+        const int i = rows.at(row0 + 8 * r + threadIdx.x % kWarp / 4);
+        element = plane.score(element, i, j, band, derivative);
       }
     }
     rotate(s);
@@ -100,7 +101,7 @@ __device__ __forceinline__ void score_tile(Accumulator (&s)[kM][kN], const Plane
 }
 
 template <int kM, int kN>
-__device__ __forceinline__ void drop(Accumulator (&p)[kM][kN], uint64_t bits) {
+__device__ __forceinline__ void drop(Accumulator (&p)[kM][kN], Bits<kM, kN> bits) {
 #pragma unroll
   for (int r = 0; r < 2 * kM; ++r) {
 #pragma unroll
@@ -146,13 +147,8 @@ __global__ void __launch_bounds__(ForwardShape<T, kColumns>::kThreads, ForwardSh
                                       [&](int r) { return rows.at(place.first + r); });
   }
 
-  const int warp_row = threadIdx.x / kWarp * 16 * kM;
+  const int warp_row = threadIdx.x / kWarp * 16 * kM, row0 = place.first + warp_row;
   const Chunks own = queries.from_row(warp_row);
-  int row[2 * kM];
-#pragma unroll
-  for (int r = 0; r < 2 * kM; ++r) {
-    row[r] = rows.at(place.first + warp_row + 8 * r + threadIdx.x % kWarp / 4);
-  }
   Accumulator out[kM][kColumns / 8] = {};
   Softmax<kM> softmax(a.sinks == nullptr ? nullptr : a.sinks + place.head);
   const bool elaborate = plane.elaborate() || place.gathered;
@@ -169,22 +165,17 @@ __global__ void __launch_bounds__(ForwardShape<T, kColumns>::kThreads, ForwardSh
     const int key0 = walk.start(tile);
     Work work = Work::kElementwise;
     if (walk.is_near(tile) && !place.gathered) {
-      work = work_of<false>(walk.near, plane.offset, place.first + warp_row, 16 * kM, key0, kKeys,
-                            sequence.keys);
+      work = work_of<false>(walk.near, plane.offset, row0, 16 * kM, key0, kKeys, sequence.keys);
     }
     if (work == Work::kNone) continue;
 
     Accumulator s[kM][kN] = {};
     multiply_rows<T>(s, own, stage, args.key.columns);
-    float factor = plane.factor();
-    if (elaborate || work != Work::kPlain) {
-      score_tile(s, plane, walk.band(tile), row, walk.subset(tile), key0);
-      factor = plane.scored_factor();
-    }
-    softmax.weigh(s, out, factor);
+    const bool scored = elaborate || work != Work::kPlain;
+    if (scored) score_tile(s, plane, walk.band(tile), rows, row0, walk.subset(tile), key0);
+    softmax.template weigh<T>(s, out, plane.factor(scored));
     if (a.seed != nullptr) {
-      drop(s, keep_bits<kM, kN, false>(plane, rows, place.first + warp_row, walk.subset(tile),
-                                       key0));
+      drop(s, keep_bits<kM, kN, false>(plane, rows, row0, walk.subset(tile), key0));
     }
     multiply_columns<T>(out, s, stage.from_row(kKeys), args.value.columns);
   }
@@ -198,9 +189,11 @@ __global__ void __launch_bounds__(ForwardShape<T, kColumns>::kThreads, ForwardSh
     float& sum = softmax.sum[r];
     sum += __shfl_xor_sync(kAllLanes, sum, 1);
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    if (threadIdx.x % 4 == 0 && is_stored(row[r])) {
-      const float lse = sum > 0.f ? (softmax.top[r] + log2f(sum)) * kLn2 : sum - INFINITY;
-      args.lse[sequence.lse0(a, place.head) + row[r]] = lse;
+    const int query = rows.at(row0 + 8 * r + threadIdx.x % kWarp / 4);
+    if (threadIdx.x % 4 == 0 && is_stored(query)) {
+      const float top = softmax.top[r];  // in powers of two, the result in powers of e
+      const float lse = fmaf(top, kLn2, fmaf(top, kLn2Low, logf(sum)));
+      args.lse[sequence.lse0(a, place.head) + query] = sum > 0.f ? lse : sum - INFINITY;
     }
   }
   const float factor = a.seed == nullptr ? 1.f : a.keep_factor;
@@ -208,7 +201,7 @@ __global__ void __launch_bounds__(ForwardShape<T, kColumns>::kThreads, ForwardSh
       out, own, args.out.rows<T>(sequence.batch, place.head, sequence.query0),
       [&](int r) { return softmax.sum[r] == 0.f ? 0.f : factor / softmax.sum[r]; },
       [&](int r) {
-        const int query = rows.at(place.first + warp_row + r);
+        const int query = rows.at(row0 + r);
         return is_stored(query) ? query : -1;
       });
 }

@@ -6,8 +6,27 @@
 
 namespace kernels::attention {
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLog2E = 1.4426950408889634f, kLog2ELow = 1.9259630e-8f;  // their sum is log2 e
+constexpr float kLn2 = 0.6931471805599453f, kLn2Low = -1.9046543e-9f;
+
+// A number and what its rounding left: in fp32, one rounding of a score of 10 shows in the results.
+struct Split {
+  float high, low;
+};
+
+// x log2 e
+__device__ __forceinline__ Split times_log2e(float x) {
+  const float high = x * kLog2E;
+  return {high, fmaf(x, kLog2E, -high) + x * kLog2ELow};
+}
+
+// 2^(s factor - base): for 16-bit T without what rounding left of factor and base.
+template <typename T>
+__device__ __forceinline__ float weight(float s, Split factor, Split base) {
+  float exponent = fmaf(s, factor.high, -base.high);
+  if constexpr (sizeof(T) == 4) exponent += s == -INFINITY ? 0.f : fmaf(s, factor.low, -base.low);
+  return exp2_fast(exponent);
+}
 
 // What the scores of one head of one sequence have in common.
 template <typename T>
@@ -44,11 +63,12 @@ struct Plane {
     return composed() || a.mask_kind == Mask::kBool;
   }
   // What turns products, or what `score` makes of them, into scores in powers of two.
-  __device__ __forceinline__ float factor() const { return a.scale * kLog2E; }
-  __device__ __forceinline__ float scored_factor() const { return composed() ? 1.f : factor(); }
+  __device__ __forceinline__ Split factor(bool scored) const {
+    return times_log2e(scored && composed() ? 1.f : a.scale);
+  }
 
-  // The score of query i and key j from their product, divided by scored_factor; -inf where not
-  // seen or where a number is negative. `derivative` is the softcap's.
+  // The score of query i and key j from their product, scale left out if not composed(); -inf where
+  // not seen or where a number is negative. `derivative` is the softcap's.
   __device__ __forceinline__ float score(float product, int i, int j, const Band& band,
                                          float& derivative) const {
     const int distance = j - i - offset;
@@ -74,7 +94,6 @@ struct Plane {
         s += to_float(static_cast<const T*>(mask)[at]);
       }
     }
-    if (composed()) s *= kLog2E;
     return seen ? s : -INFINITY;
   }
 };
@@ -104,12 +123,15 @@ __device__ constexpr int keep_bit(int row, int column) {
   return kKeysKept ? column * 2 * kM + row : row * 2 * kN + column;
 }
 
+template <int kM, int kN>
+using Bits = std::conditional_t<(4 * kM * kN > 32), uint64_t, uint32_t>;
+
 template <int kM, int kN, bool kKeysKept, typename T>
-__device__ __forceinline__ uint64_t keep_bits(const Plane<T>& plane, const Subset& rows, int row0,
+__device__ __forceinline__ Bits<kM, kN> keep_bits(const Plane<T>& plane, const Subset& rows, int row0,
                                               const Subset& columns, int column0) {
   constexpr int kInner = kKeysKept ? 2 * kM : 2 * kN;
   const int lane = threadIdx.x % kWarp;
-  uint64_t bits = 0;
+  Bits<kM, kN> bits = 0;
   uint4 words = {};
   int last_query = -1, last_call = -1;
 #pragma unroll 1
@@ -131,7 +153,7 @@ __device__ __forceinline__ uint64_t keep_bits(const Plane<T>& plane, const Subse
     const int n = j / 8 % 4;
     const unsigned word = n < 2 ? (n == 0 ? words.x : words.y) : (n == 2 ? words.z : words.w);
     const unsigned half = j % 2 ? word >> 16 : word & 0xffffu;
-    bits |= static_cast<uint64_t>(half >= plane.a.threshold) << element;
+    bits |= Bits<kM, kN>{half >= plane.a.threshold} << element;
   }
   return bits;
 }
