@@ -1,8 +1,9 @@
 // Attention on CUDA, host side: picks the kernel by dtype and head dimension, and launches.
-// Kernels: cuda_forward.cuh, cuda_backward.cuh, cuda_rows.cuh. No torch, no Python.
+// Kernels: cuda_forward.cuh, cuda_backward.cuh, cuda_rows.cuh, cuda_decode.cuh. No torch, no Python.
 #pragma once
 
 #include "attention/cuda_backward.cuh"
+#include "attention/cuda_decode.cuh"
 #include "attention/cuda_forward.cuh"
 #include "attention/cuda_rows.cuh"
 
@@ -98,6 +99,35 @@ inline void backward(BackwardArgs a, DType dtype, cudaStream_t stream) {
       launch(dquery_kernel<T, kColumns>, "attention dquery_kernel", a, p.batches, 1,
              Shape::kThreads, Shape::kShared, stream);
     }
+  });
+}
+
+// Splits of the keys: enough blocks for two per multiprocessor, none with less than four tiles.
+inline int decode_splits(int64_t planes, int keys, int multiprocessors) {
+  const int64_t wanted = ceil_div(2 * int64_t{multiprocessors}, std::max<int64_t>(planes, 1));
+  return static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(ceil_div(keys, 256), 1)));
+}
+
+constexpr int kDecodeParts = 4;  // of a split: the warps of a block, at most
+
+inline void decode(const DecodeArgs& a, CombineArgs combine, DType dtype, cudaStream_t stream) {
+  with_shape(dtype, std::max(a.query.columns, a.values.columns), [&]<typename T, int kColumns>() {
+    using Shape = DecodeShape<T, kColumns>;
+    constexpr const char* kName = "attention decode_kernel";
+    const int64_t row_blocks = ceil_div(int64_t{a.group} * a.queries, 16);
+    const int64_t blocks = row_blocks * (a.heads / a.group) * a.batches;
+    check_cuda(cudaFuncSetAttribute(decode_kernel<T, kColumns>,
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(Shape::kShared)),
+               kName);
+    const dim3 grid(checked_grid(blocks, kName), static_cast<unsigned>(a.splits));
+    decode_kernel<T, kColumns><<<grid, Shape::kThreads, Shape::kShared, stream>>>(a);
+    check_launch(kName);
+    combine.parts = a.splits * Shape::kWarps;
+    constexpr const char* kCombine = "attention combine_kernel";
+    const unsigned rows = checked_grid(ceil_div(combine.rows, kRowThreads / kWarp), kCombine);
+    combine_kernel<T><<<rows, kRowThreads, 0, stream>>>(combine);
+    check_launch(kCombine);
   });
 }
 

@@ -147,12 +147,60 @@ void attention_backward(const py::args& all) {
   backward(a, dtype, stream);
 }
 
+int attention_decode_splits(int64_t planes, int keys, int multiprocessors) {
+  return decode_splits(planes, keys, multiprocessors);
+}
+
+// Dtype, cache, query, keys, values, out, lengths, table and its stride, pages, page size, rows of
+// the cache, scales of keys and values with three strides each, slopes and strides, sinks, batches,
+// heads, group, queries, low, high, limit, global tokens, scale, softcap, splits, parts' out and
+// lse, lse, device, stream.
+void attention_decode(const py::args& all) {
+  Arguments take(all);
+  const DType dtype = checked_dtype(take.take<int>());
+  DecodeArgs a{};
+  CombineArgs c{};
+  a.cache = static_cast<Cache>(take.take<int>());
+  for (Heads* heads : {&a.query, &a.keys, &a.values, &c.out}) *heads = take.heads(dtype);
+  a.lengths = take.pointer<const int>();
+  a.table = take.pointer<const int>();
+  a.table_batch = take.take<int64_t>();
+  for (int* number : {&a.pages, &a.page_size, &a.cache_rows}) *number = take.take<int>();
+  a.key_scale = take.pointer<const float>();
+  for (int64_t& stride : a.key_scale_stride) stride = take.take<int64_t>();
+  a.value_scale = take.pointer<const float>();
+  for (int64_t& stride : a.value_scale_stride) stride = take.take<int64_t>();
+  a.alibi_slopes = take.pointer<const float>();
+  a.alibi_batch = take.take<int64_t>();
+  a.alibi_head = take.take<int64_t>();
+  c.sinks = take.pointer<const float>();
+  for (int* number : {&a.batches, &a.heads, &a.group, &a.queries, &a.low, &a.high, &a.limit,
+                      &a.global_tokens}) {
+    *number = take.take<int>();
+  }
+  a.scale = take.take<float>();
+  a.softcap = take.take<float>();
+  a.splits = take.take<int>();
+  c.part_out = a.part_out = take.pointer<float>();
+  c.part_lse = a.part_lse = take.pointer<float>();
+  c.lse = take.pointer<float>();
+  c.heads = a.heads;
+  c.queries = a.queries;
+  c.rows = int64_t{a.batches} * a.heads * a.queries;
+  const DeviceGuard guard(take.take<int>());
+  auto* stream = take.pointer<CUstream_st>();
+  take.end();
+  decode(a, c, dtype, stream);
+}
+
 }  // namespace
 
 void bind(pybind11::module_& m) {
   m.def("attention_globals", &attention_globals);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
+  m.def("attention_decode_splits", &attention_decode_splits);
+  m.def("attention_decode", &attention_decode);
 }
 
 }  // namespace kernels::attention

@@ -163,8 +163,14 @@ __device__ __forceinline__ void multiply_rows(Accumulator (&c)[kM][kN], Tile<T, 
   }
 }
 
+// The column that elements c and c + 2 of accumulator n of `multiply_columns` stand for.
+template <typename T>
+__device__ __forceinline__ int column_of(int n, int c) {
+  const int pair = threadIdx.x % 4 * 2 + c;
+  return sizeof(T) == 2 ? 8 * n + pair : n / 4 * 32 + 4 * pair + n % 4;
+}
+
 // c[m][·] += p b: the accumulators p, rounded to T, against the first `columns` columns of `b`.
-// Which column of the result an element of c is: `store_rows`.
 template <typename T, int kM, int kK, int kN, int kColumns>
 __device__ __forceinline__ void multiply_columns(Accumulator (&c)[kM][kN],
                                                  const Accumulator (&p)[kM][kK],
