@@ -8,7 +8,7 @@ import pytest
 import torch
 from tabulate import tabulate
 
-from kernels._check import SPEED_COLUMNS
+from kernels import _check, _spec
 
 _ROWS = pytest.StashKey[dict[str, list[list[Any]]]]()
 
@@ -19,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def comparison(pytestconfig: pytest.Config) -> dict[str, list[list[Any]]]:
-    """op -> lines of the final table, in SPEED_COLUMNS."""
+    """op -> lines of the final table, in _check.speed_columns."""
     return pytestconfig.stash[_ROWS]
 
 
@@ -27,8 +27,9 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     for op, rows in config.stash[_ROWS].items():
+        columns = _check.speed_columns(_spec.load(op))
         terminalreporter.section(f"{op} beside PyTorch: taking turns in one process")
         terminalreporter.write_line(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
         terminalreporter.write_line(
-            tabulate(rows, headers=SPEED_COLUMNS, tablefmt="simple", disable_numparse=True)
+            tabulate(rows, headers=columns, tablefmt="simple", disable_numparse=True)
         )

@@ -6,10 +6,12 @@ import argparse
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 from tqdm import tqdm
 
 from kernels import _accuracy, _spec, _timing, dispatch
@@ -46,7 +48,9 @@ def run(options: argparse.Namespace) -> int:
     unknown = [op for op in options.ops if op not in dispatch.OPS]
     if unknown:
         raise CommandError(f"unknown op {unknown[0]!r} (accepted: {', '.join(dispatch.OPS)})")
-    specs = [_spec.load(op) for op in options.ops or dispatch.OPS]
+    asked = options.ops or dispatch.OPS
+    # An op's name stands for the ops in its folder, too.
+    specs = [_spec.load(op) for op in dispatch.OPS if op in asked or op.split(".")[0] in asked]
     exact = True
     for spec in specs:
         exact &= _report_errors(spec)
@@ -62,25 +66,22 @@ def _report_errors(spec: Spec) -> bool:
     print(f"\n{spec.op}: largest error against float64, relative to the largest value, on {device}")
     rows, refused = [], {}
     exact = True
+    calls = [_Checked.of(spec, case, dtype, device) for case, dtype in _accuracy_rows(spec)]
     for backend in (*dispatch.BACKENDS, *dispatch.FORCED_ONLY):
-        for case in spec.accuracy_cases:
-            for dtype in spec.dtypes:
-                inputs = spec.make_inputs(case, dtype, device)
-                with dispatch.use(backend):
-                    reason = dispatch.explain(spec.op, *inputs.arguments).refusals[backend]
-                    if reason:
-                        refused[backend] = reason
-                        continue
-                    errors = output_errors(spec, spec.function, inputs)
-                torch_errors = output_errors(spec, spec.torch_function, inputs)
-                good = all(
-                    error <= _accuracy.allowed(torch_error, dtype)
-                    for error, torch_error in zip(errors, torch_errors, strict=True)
-                )
-                exact &= good
-                cells = [f"{e:.1e} / {t:.1e}" for e, t in zip(errors, torch_errors, strict=True)]
-                name = _spec.dtype_name(dtype)
-                rows.append([backend, case.name, name, *cells, "ok" if good else "TOO LARGE"])
+        for call in calls:
+            with dispatch.use(backend):
+                inputs = call.inputs
+                decision = dispatch.explain(spec.op, *inputs.arguments, **inputs.keywords)
+                if decision.refusals[backend]:
+                    refused[backend] = decision.refusals[backend]
+                    continue
+                errors = call.errors(spec.function)
+            good = call.accepts(errors)
+            exact &= good
+            cells = [f"{e:.1e} / {t:.1e}" for e, t in zip(errors, call.torch_errors, strict=True)]
+            cells += ["-"] * (1 + len(spec.gradient_names) - len(cells))
+            name = _spec.dtype_name(call.dtype)
+            rows.append([backend, call.case.name, name, *cells, "ok" if good else "TOO LARGE"])
     outputs = [f"{name}: ours / torch" for name in ("y", *spec.gradient_names)]
     print(tabulate(rows, headers=["backend", "case", "dtype", *outputs, ""], tablefmt="simple"))
     for backend, reason in refused.items():
@@ -88,11 +89,39 @@ def _report_errors(spec: Spec) -> bool:
     return exact
 
 
-def output_errors(spec: Spec, function: Callable[..., Any], inputs: Inputs) -> list[float]:
-    """Errors of the output and of every gradient against PyTorch's op in float64."""
-    want = _spec.run(spec.torch_function, inputs.to(torch.float64))
-    got = _spec.run(function, inputs)
-    return [_accuracy.error(g, w) for g, w in zip(got, want, strict=True)]
+def _accuracy_rows(spec: Spec) -> list[tuple[Case, torch.dtype]]:
+    return [(case, dtype) for case in spec.accuracy_cases for dtype in spec.dtypes]
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """One call with its result in float64 and PyTorch's errors, of the output and each gradient."""
+
+    case: Case
+    dtype: torch.dtype
+    inputs: Inputs
+    want: tuple[Tensor, ...]
+    torch_errors: list[float]
+
+    @classmethod
+    def of(cls, spec: Spec, case: Case, dtype: torch.dtype, device: str) -> _Checked:
+        inputs = spec.make_inputs(case, dtype, device)
+        yardstick = case.yardstick or spec.yardstick or case.torch_function or spec.torch_function
+        want = _spec.run(yardstick, inputs.for_torch().to(torch.float64))
+        got = _spec.run(yardstick, inputs.for_torch())
+        errors = [_accuracy.error(g, w) for g, w in zip(got, want, strict=True)]
+        return cls(case, dtype, inputs, want, errors)
+
+    def errors(self, function: Callable[..., Any]) -> list[float]:
+        """Ours, of the same."""
+        got = _spec.run(function, self.inputs)
+        return [_accuracy.error(g, w) for g, w in zip(got, self.want, strict=True)]
+
+    def accepts(self, errors: list[float]) -> bool:
+        return all(
+            error <= _accuracy.allowed(torch_error, self.dtype) < math.inf
+            for error, torch_error in zip(errors, self.torch_errors, strict=True)
+        )
 
 
 def candidate(
@@ -103,7 +132,7 @@ def candidate(
 
         def forward() -> None:
             with torch.no_grad():
-                function(*inputs.arguments)
+                function(*inputs.arguments, **inputs.keywords)
 
         return forward
     inputs = inputs.with_gradients()
@@ -112,7 +141,7 @@ def candidate(
     def both() -> None:
         for leaf in leaves:
             leaf.grad = None
-        function(*inputs.arguments).backward(inputs.output_gradient)
+        function(*inputs.arguments, **inputs.keywords).backward(inputs.output_gradient)
 
     return both
 
@@ -125,30 +154,62 @@ def measure(
     seconds: float,
     with_compile: bool,
 ) -> dict[str, _timing.Timing]:
-    """Times of torch, torch.compile, ours and a copy of the same traffic, taking turns.
+    """Times of torch, torch.compile, ours and the machine's limit (see `_limit`), taking turns.
 
-    Both sides' outputs are checked against float64 first: what is wrong is not timed.
+    Our outputs are checked against float64 first: what is wrong is not timed.
     """
-    inputs = spec.make_inputs(case, dtype, "cpu")
-    errors = output_errors(spec, spec.function, inputs)
-    torch_errors = output_errors(spec, spec.torch_function, inputs)
-    for error, torch_error in zip(errors, torch_errors, strict=True):
-        if not error <= _accuracy.allowed(torch_error, dtype) < math.inf:
-            raise ArithmeticError(
-                f"{spec.op} {case.name} {dtype}: error {error:.1e}, torch's {torch_error:.1e}"
-            )
+    call = _Checked.of(spec, case, dtype, "cpu")
+    errors = call.errors(spec.function)
+    if not call.accepts(errors):
+        raise ArithmeticError(
+            f"{spec.op} {case.name} {dtype}: errors {errors}, torch's {call.torch_errors}"
+        )
+    inputs, torch_function = call.inputs, case.torch_function or spec.torch_function
     candidates = {
-        "torch": candidate(spec.torch_function, inputs, direction),
-        "ours": candidate(spec.function, inputs, direction),
-        "copy": _timing.copying(
-            spec.least_bytes(case, dtype, "forward") // (2 * dtype.itemsize), dtype
+        "torch": _with_threads(
+            candidate(torch_function, inputs.for_torch(), direction), case.torch_threads
         ),
+        "ours": candidate(spec.function, inputs, direction),
+        "limit": _limit(spec, case, dtype),
     }
-    if with_compile:
+    if with_compile and case.compiled:
         torch._dynamo.reset()  # one shape's code at a time, or the recompilation limit is reached
-        compiled = torch.compile(spec.torch_function, fullgraph=True, dynamic=False)
-        candidates["compile"] = candidate(compiled, inputs, direction)
+        compiled = torch.compile(torch_function, fullgraph=True, dynamic=False)
+        candidates["compile"] = candidate(compiled, inputs.for_torch(), direction)
     return _timing.interleaved(candidates, seconds)
+
+
+def _with_threads(function: Callable[[], object], threads: int | None) -> Callable[[], object]:
+    if threads is None:
+        return function
+
+    def run() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            function()
+        finally:
+            torch.set_num_threads(before)
+
+    return run
+
+
+_GEMM = 1024  # rows and columns of the matrices whose product shows what arithmetic allows
+
+
+def _limit(spec: Spec, case: Case, dtype: torch.dtype) -> Callable[[], object]:
+    """A copy of the same traffic, or a large matrix product for an op bound by arithmetic."""
+    if spec.least_bytes is None:
+        return _timing.multiplying(_GEMM, dtype)
+    return _timing.copying(spec.least_bytes(case, dtype, "forward") // (2 * dtype.itemsize), dtype)
+
+
+def _work(spec: Spec, case: Case, dtype: torch.dtype, direction: Direction) -> tuple[int, int]:
+    """What a call has to do and what the limit does, in bytes or operations."""
+    if spec.least_bytes is None:
+        assert spec.flops is not None
+        return spec.flops(case, direction), 2 * _GEMM**3
+    return spec.least_bytes(case, dtype, direction), spec.least_bytes(case, dtype, "forward")
 
 
 def speed_rows(spec: Spec) -> list[tuple[Case, torch.dtype, Direction]]:
@@ -156,24 +217,16 @@ def speed_rows(spec: Spec) -> list[tuple[Case, torch.dtype, Direction]]:
         (case, dtype, direction)
         for case in spec.speed_cases
         for dtype in (torch.float32, torch.bfloat16)
-        for direction in _spec.DIRECTIONS
+        for direction in case.directions
     ]
 
 
-SPEED_COLUMNS = (
-    "case",
-    "dtype",
-    "direction",
-    "torch µs",
-    "compile µs",
-    "ours µs",
-    "p20-p80",
-    "torch/ours",
-    "bar",
-    "GB/s",
-    "copy GB/s",
-    "of copy",
-)
+def speed_columns(spec: Spec) -> tuple[str, ...]:
+    limit = (
+        ("GFLOP/s", "GEMM GFLOP/s", "of GEMM") if spec.flops else ("GB/s", "copy GB/s", "of copy")
+    )
+    timed = ("torch µs", "compile µs", "ours µs", "p20-p80", "torch/ours", "bar")
+    return ("case", "dtype", "direction", *timed, *limit)
 
 
 def speed_row(
@@ -183,12 +236,12 @@ def speed_row(
     direction: Direction,
     times: dict[str, _timing.Timing],
 ) -> list[Any]:
-    """One line of the speed table, in SPEED_COLUMNS."""
+    """One line of the speed table, in speed_columns."""
     ours = times["ours"]
     ratio = times["torch"].median / ours.median
     bar = spec.bars.get((case.name, dtype, direction))
-    least = spec.least_bytes(case, dtype, direction) / ours.median / 1e9
-    limit = spec.least_bytes(case, dtype, "forward") / times["copy"].median / 1e9
+    work, limit_work = _work(spec, case, dtype, direction)
+    least, limit = work / ours.median / 1e9, limit_work / times["limit"].median / 1e9
     microseconds = functools.partial("{:.1f}".format)
     return [
         case.name,
@@ -210,8 +263,9 @@ def _report_speed(spec: Spec, seconds: float, with_compile: bool) -> None:
     print(
         f"\n{spec.op}: speed on this CPU, {torch.get_num_threads()} threads; medians of turns "
         "taken in one process.\nOnly the ratios carry over to another run.  GB/s count the least "
-        "bytes the op must move; `copy` is tensor.copy_() of the same size.\nFreed memory is kept "
-        "(mallopt), so that neither side pays page faults."
+        "bytes the op must move; `copy` is tensor.copy_() of the same size.\nGFLOP/s count the "
+        f"operations it cannot avoid; `GEMM` is a product of {_GEMM}-row matrices.\n"
+        "Freed memory is kept (mallopt), so that neither side pays page faults."
     )
     rows = []
     for case, dtype, direction in tqdm(
@@ -219,4 +273,4 @@ def _report_speed(spec: Spec, seconds: float, with_compile: bool) -> None:
     ):
         times = measure(spec, case, dtype, direction, seconds, with_compile)
         rows.append(speed_row(spec, case, dtype, direction, times))
-    print(tabulate(rows, headers=SPEED_COLUMNS, tablefmt="simple", disable_numparse=True))
+    print(tabulate(rows, headers=speed_columns(spec), tablefmt="simple", disable_numparse=True))

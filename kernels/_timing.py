@@ -71,6 +71,12 @@ def _summary(times: list[float]) -> Timing:
     return Timing(statistics.median(times), fifths[0], fifths[3])
 
 
+def multiplying(size: int, dtype: torch.dtype) -> Callable[[], object]:
+    """A product of square matrices, 2 size^3 operations: what arithmetic allows an op."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in "ab")
+    return lambda: a @ b
+
+
 def copying(elements: int, dtype: torch.dtype) -> Callable[[], object]:
     """A call that reads and writes `elements` once: what memory allows an op of that traffic."""
     source = torch.ones(elements, dtype=dtype)

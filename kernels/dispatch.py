@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-OPS = ("layer_norm", "attention")
+OPS = ("layer_norm", "attention", "attention.decode")
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 CPU_ORDER = ("cpu", "cuda", "triton", "eager")  # asking in vain costs a small call microseconds
 FORCED_ONLY = ("reference",)  # plain torch formulas: the tests' oracle, never chosen by itself
@@ -106,7 +106,7 @@ def explain(op: str, *arguments: Any, **keywords: Any) -> Decision:
 
     >>> print(explain("layer_norm", x, (1024,), weight))
     """
-    if op.partition(".")[0] not in OPS:
+    if op not in OPS:
         raise ValueError(f"op: unknown op {op!r} (accepted: {', '.join(OPS)})")
     call = _backend_arguments(op, arguments, keywords)
     refusals = {name: _refusal(op, name, call) for name in _candidates(call[0])}

@@ -32,7 +32,7 @@ def test_files_are_short_and_say_what_they_are(path):
 
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_every_op_has_the_same_files(op):
-    folder = ROOT / "kernels" / op
+    folder = ROOT.joinpath("kernels", *op.split("."))
     names = {path.name for path in folder.iterdir() if path.is_file()}
     backends = {f"{name}.py" for name in dispatch.BACKENDS + dispatch.FORCED_ONLY}
     assert names >= {"README.md", "__init__.py", "op.py", "spec.py"} | backends
@@ -48,6 +48,9 @@ def test_backends_have_the_references_signatures(op, backend):
     module, reference = dispatch.load(op, backend), dispatch.load(op, "reference")
     assert not isinstance(module, str), module
     for name in ("forward", "backward"):
+        if getattr(reference, name) is None:  # an op without a backward
+            assert getattr(module, name) is None
+            continue
         ours = inspect.signature(getattr(module, name)).parameters
         assert list(ours) == list(inspect.signature(getattr(reference, name)).parameters)
     assert callable(module.unsupported)

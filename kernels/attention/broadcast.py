@@ -14,6 +14,8 @@ NAME = "scaled_dot_product_attention"
 
 
 def _broadcast(shapes: list[tuple[int, ...]], what: str) -> tuple[int, ...]:
+    if all(shape == shapes[0] for shape in shapes):
+        return shapes[0]
     try:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:

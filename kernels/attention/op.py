@@ -32,6 +32,7 @@ choose = define(
 _is_compiling = torch.compiler.is_dynamo_compiling
 _is_transforming = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
+_is_autocast = torch._C._is_any_autocast_enabled
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -198,6 +199,24 @@ def scaled_dot_product_attention(
             return_lse=return_lse,
             seed=seed,
         )
+    call: Any = None
+    if (
+        attn_mask is None
+        and dropout_p == 0
+        and enable_gqa is False
+        and window is None
+        and global_tokens == 0
+        and global_mask is None
+        and softcap is None
+        and alibi_slopes is None
+        and sinks is None
+        and causal_alignment == "upper_left"
+        and seed is None
+    ):
+        call = _usual_call(query, key, value, is_causal, scale)
+    if call is not None:
+        out, lse = run(call)
+        return (out, lse) if return_lse else out
     call, lead = prepare(
         query,
         key,
@@ -220,6 +239,35 @@ def scaled_dot_product_attention(
     if len(lead) != 2:
         out, lse = out.reshape(*lead, *out.shape[2:]), lse.reshape(*lead, lse.shape[2])
     return (out, lse) if return_lse else out
+
+
+def _usual_call(query: Any, key: Any, value: Any, is_causal: Any, scale: Any) -> Any:
+    """What `prepare` would make of a call without anything special; None where it is to be asked.
+
+    Small calls feel every attribute that Python looks up, and most are of this kind.
+    """
+    if not type(query) is type(key) is type(value) is Tensor or _is_autocast():
+        return None
+    shape, key_shape = query.shape, key.shape
+    if (
+        len(shape) != 4
+        or key_shape != value.shape
+        or key_shape[:2] != shape[:2]
+        or key_shape[3] != shape[3]
+        or 0 in shape
+        or not query.dtype is key.dtype is value.dtype
+        or query.dtype not in checks.DTYPES
+        or not (query.is_cpu and key.is_cpu and value.is_cpu)
+        or not query.stride(3) == key.stride(3) == value.stride(3) == 1
+        or type(is_causal) is not bool
+    ):
+        return None
+    if scale is None:
+        scale = shape[3] ** -0.5
+    elif type(scale) is not float:
+        return None
+    pattern = (int(is_causal), 0, -1, -1, 0, shape[2], key_shape[2])
+    return Call(query, key, value, *(None,) * 7, pattern, (scale, 0.0, 0.0))
 
 
 def prepare(

@@ -39,7 +39,8 @@ class Scaling(NamedTuple):
 class Grid(NamedTuple):
     """Where some queries and some keys stand, all int64, within their sequences.
 
-    Packed sequences lie side by side: `sequence` and `together` tell them apart.
+    Packed sequences lie side by side: `sequence` and `together` tell them apart.  Where each
+    sequence of a batch has a length of its own, position is [B, 1, Tq], length_k [B, 1, 1, 1].
     """
 
     query: Tensor  # i [Tq]
@@ -47,7 +48,7 @@ class Grid(NamedTuple):
     key: Tensor  # j [Tk]
     length_k: int | Tensor  # keys in the sequence, or in each query's sequence [Tq, 1]
     sequence: Tensor | None = None  # number of each query's sequence [Tq]
-    together: Tensor | None = None  # bool [Tq, Tk]: query and key are of one sequence
+    together: Tensor | None = None  # bool [..., Tq, Tk]: query and key are of one sequence
 
 
 def grid(pattern: Pattern, length_q: int, length_k: int, device: torch.device) -> Grid:
@@ -72,7 +73,7 @@ def packed_grid(pattern: Pattern, total_q: int, total_k: int, cu_q: Tensor, cu_k
 
 def visible(pattern: Pattern, grid: Grid, global_mask: Tensor | None) -> Tensor | None:
     """bool [Tq, Tk], or [B, 1, Tq, Tk] with a global_mask; None: every query sees every key."""
-    rows, keys = grid.position[:, None], grid.key
+    rows, keys = grid.position[..., None], grid.key
     distance = keys - rows
     seen = None if grid.together is None else grid.together
     if pattern.windowed:

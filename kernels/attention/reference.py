@@ -77,7 +77,7 @@ def _scores(
             slopes = slopes[..., None, None]
         else:
             slopes = slopes[grid.sequence].t()[None, ..., None]  # [1, H, Tq, 1]
-        s = s - slopes * (grid.key - grid.position[:, None]).abs()
+        s = s - slopes * (grid.key - grid.position[..., None]).abs()
     seen = visible(pattern, grid, extras.global_mask)
     if seen is not None:
         s = s.masked_fill(~seen, -torch.inf)
@@ -89,18 +89,22 @@ def _scores(
     return s, tanh
 
 
-def _log_sum_exp(s: Tensor, sinks: Tensor | None) -> Tensor:
-    """[B, H, Tq]; -inf where a row sees nothing, and gradients of 0 there."""
+def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """p [B, H, Tq, Tk] and lse [B, H, Tq]; 0 and -inf, with gradients of 0, for a row of -inf."""
+    length_k = s.shape[-1]
     if sinks is not None:
         sink = sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)
         s = torch.cat((s, sink), -1)
     elif s.shape[-1] == 0:
-        return s.new_full(s.shape[:-1], -torch.inf)
-    top = s.detach().amax(-1)
+        return s, s.new_full(s.shape[:-1], -torch.inf)
+    top = s.detach().amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
-    total = (s - top[..., None]).exp().sum(-1)
+    terms = (s - top).exp()
+    total = terms.sum(-1, keepdim=True)
     nothing = total == 0
-    return torch.where(nothing, -torch.inf, top + torch.where(nothing, 1.0, total).log())
+    total = torch.where(nothing, 1.0, total)
+    lse = torch.where(nothing, -torch.inf, top + total.log())
+    return (terms / total)[..., :length_k], lse[..., 0]
 
 
 def _finite(lse: Tensor) -> Tensor:
@@ -129,8 +133,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, Tq, Dv] and lse [B, H, Tq] of the queries in `grid`, both wide; differentiable."""
     s, _ = _scores(query, key, extras, grid, pattern, scaling)
-    lse = _log_sum_exp(s, extras.sinks)
-    p = (s - _finite(lse)[..., None]).exp()
+    p, lse = _softmax(s, extras.sinks)
     kept = _kept(s, extras.seed, grid, pattern, scaling)
     if kept is not None:
         p = p * kept

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from kernels.attention import KeyValueCache
 from kernels.gpt.model import GPT
 
 
@@ -13,12 +14,20 @@ from kernels.gpt.model import GPT
 def next_token(
     model: GPT,
     tokens: torch.Tensor,
+    cache: list[KeyValueCache],
     temperature: float,
     top_k: int | None,
     generator: torch.Generator,
 ) -> int:
-    """The token chosen after `tokens` [T], of which the model sees the last block_size."""
-    logits, _ = model(tokens[None, -model.config.block_size :])
+    """The token chosen after `tokens` [T], of which the model sees the last block_size.
+
+    `cache` holds the keys and values of the first of them.  Past block_size every token's position
+    changes with each new one, so all are computed again.
+    """
+    if len(tokens) <= model.config.block_size:
+        logits, _ = model(tokens[None, cache[0].length :], cache=cache)
+    else:
+        logits, _ = model(tokens[None, -model.config.block_size :])
     last = logits[0, -1].float()  # [V]
     if temperature == 0:
         return int(last.argmax())
@@ -61,10 +70,12 @@ def _tokens(
 ) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draw on every device
     tokens = prompt.to(model.token_embedding.weight.device)
+    cache = model.new_cache(1)
+    kept = model.config.block_size + 1  # one more than is seen tells that the cache is of no use
     for _ in range(count):
         was_training = model.training
         model.eval()
-        token = next_token(model, tokens, temperature, top_k, generator)
+        token = next_token(model, tokens, cache, temperature, top_k, generator)
         model.train(was_training)
-        tokens = torch.cat((tokens, tokens.new_tensor([token])))[-model.config.block_size :]
+        tokens = torch.cat((tokens, tokens.new_tensor([token])))[-kept:]
         yield token

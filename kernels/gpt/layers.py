@@ -6,31 +6,46 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.attention import CausalSelfAttention, KeyValueCache
 from kernels.layer_norm import LayerNorm
+
+
+class TorchSelfAttention(CausalSelfAttention):
+    """The same module on F.scaled_dot_product_attention, for causal attention without a window."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dropout_p = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+
+    def attend_cache(self, q: Tensor, cache: KeyValueCache) -> Tensor:
+        length, new = cache.length, q.shape[2]
+        seen = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
+        key, value = cache.key[:, :, :length], cache.value[:, :, :length]
+        return F.scaled_dot_product_attention(q, key, value, seen)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What ``GPT(config, layers)`` calls; every entry has the signature of PyTorch's own."""
+    """What ``GPT(config, layers)`` is built from."""
 
     layer_norm: type[nn.LayerNorm]
-    attention: Callable[..., torch.Tensor]  # F.scaled_dot_product_attention
-    cross_entropy: Callable[..., torch.Tensor]  # F.cross_entropy
+    self_attention: type[CausalSelfAttention]
+    cross_entropy: Callable[..., Tensor]  # F.cross_entropy
 
 
 TORCH = Layers(
     layer_norm=nn.LayerNorm,
-    attention=F.scaled_dot_product_attention,
+    self_attention=TorchSelfAttention,
     cross_entropy=F.cross_entropy,
 )
 
 # PyTorch's op stands where this package has no fused one.
 FUSED = Layers(
     layer_norm=LayerNorm,
-    attention=F.scaled_dot_product_attention,
+    self_attention=CausalSelfAttention,
     cross_entropy=F.cross_entropy,
 )
 

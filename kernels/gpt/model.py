@@ -6,35 +6,17 @@ post-norm. Shapes: B sequences, T tokens, C = n_embd, H heads of D = C / H, V = 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kernels.attention import KeyValueCache
 from kernels.gpt.config import GPTConfig
 from kernels.gpt.layers import TORCH, Layers
 
 INIT_STD = 0.02
-
-
-class CausalSelfAttention(nn.Module):
-    """Every token attends to itself and to the tokens before it."""
-
-    def __init__(self, config: GPTConfig, layers: Layers) -> None:
-        super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.attention = layers.attention
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, time, width = x.shape
-        # [B, T, 3C] -> three of [B, H, T, D]
-        qkv = self.qkv(x).view(batch, time, 3, self.n_head, width // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        dropout_p = self.dropout if self.training else 0.0
-        y = self.attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-        return self.proj(y.transpose(1, 2).reshape(batch, time, width))
 
 
 class MLP(nn.Module):
@@ -57,16 +39,22 @@ class Block(nn.Module):
         super().__init__()
         self.pre_norm = config.norm == "pre"
         self.norm1 = layers.layer_norm(config.n_embd, bias=config.bias)
-        self.attention = CausalSelfAttention(config, layers)
+        self.attention = layers.self_attention(
+            config.n_embd,
+            config.n_head,
+            qkv_bias=config.qkv_bias,
+            bias=config.bias,
+            dropout=config.dropout,
+        )
         self.norm2 = layers.layer_norm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.norm1(x)))
+            x = x + self.dropout(self.attention(self.norm1(x), cache))
             return x + self.dropout(self.mlp(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attention(x)))
+        x = self.norm1(x + self.dropout(self.attention(x, cache)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
@@ -106,21 +94,31 @@ class GPT(nn.Module):
             elif "norm" not in name:  # a layer norm starts at weight 1, bias 0 by itself
                 nn.init.zeros_(parameter)
 
+    def new_cache(self, batch: int) -> list[KeyValueCache]:
+        """Empty caches, one a block, for up to block_size tokens of `batch` sequences."""
+        attentions = (cast(Block, block).attention for block in self.blocks)
+        return [attention.new_cache(batch, self.config.block_size) for attention in attentions]
+
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        cache: list[KeyValueCache] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits [B, T, V] of the tokens that follow `idx` [B, T] (int64), and the mean loss.
 
         The loss is the cross-entropy, in nats per token, against `targets` [B, T]; None without.
-        Raises ValueError where T exceeds block_size.
+        With a cache (for inference) `idx` goes on after the tokens in it, and is added to it.
+        Raises ValueError where T, together with what is cached, exceeds block_size.
         """
-        time = idx.shape[1]
-        if time > self.config.block_size:
-            raise ValueError(f"idx has {time} tokens, block_size is {self.config.block_size}")
-        positions = torch.arange(time, device=idx.device)
+        start = cache[0].length if cache else 0
+        end = start + idx.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"idx ends at {end} tokens, block_size is {self.config.block_size}")
+        positions = torch.arange(start, end, device=idx.device)
         x = self.dropout(self.token_embedding(idx) + self.position_embedding(positions))
-        for block in self.blocks:
-            x = block(x)
+        for number, block in enumerate(self.blocks):
+            x = block(x, cache[number] if cache else None)
         head = self.token_embedding if self.config.tie_weights else self.head
         logits = F.linear(self.final_norm(x), head.weight)
         if targets is None:

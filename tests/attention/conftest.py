@@ -1,0 +1,151 @@
+"""Fixtures of the attention tests: what implementations there are, and results to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import _accuracy, _native, dispatch
+from tests.attention import oracle
+from tests.conftest import implementations
+from tests.tolerance import assert_as_exact_as_torch
+
+NAMES = ("out", "lse", "dquery", "dkey", "dvalue", "dmask", "dsinks")
+
+
+def available(op: str) -> list[str]:
+    """Backends that run on this CPU, the C++ one once for each instruction set."""
+    names = implementations()
+    return [name for name in names if not isinstance(dispatch.load(op, name.split("-")[0]), str)]
+
+
+@pytest.fixture(params=available("attention"))
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with each implementation forced."""
+    yield from forced(request.param)
+
+
+def forced(name: str) -> Iterator[str]:
+    backend, _, instruction_set = name.partition("-")
+    before = _native.cpu.instruction_set() if instruction_set else None
+    if instruction_set:
+        _native.cpu.use_instruction_set(instruction_set)
+    try:
+        with dispatch.use(backend):
+            yield name
+    finally:
+        if before is not None:
+            _native.cpu.use_instruction_set(before)
+
+
+def results(
+    function, tensors, dout, dlse, mask_gradient: bool = False, **keywords
+) -> list[Tensor | None]:
+    """out, lse and the gradients of query, key, value, mask and sinks, None where there is none."""
+    given = [None if x is None else x.detach() for x in tensors]
+    leaves = [x if n != 3 or mask_gradient else None for n, x in enumerate(given)]
+    wanted = [x.requires_grad_() for x in leaves if x is not None]
+    query, key, value, mask, sinks = given
+    out, lse = function(query, key, value, attn_mask=mask, sinks=sinks, **keywords)
+    loss = (out * dout.to(out.dtype)).sum()
+    if dlse is not None:
+        # A row that sees nothing has an lse of -inf, which takes part in no loss.
+        loss = loss + (lse.masked_fill(lse == -torch.inf, 0.0) * dlse.to(lse.dtype)).sum()
+    found = iter(torch.autograd.grad(loss, wanted))
+    gradients = [None if x is None else next(found) for x in leaves]
+    return [out.detach(), lse.detach(), *gradients]
+
+
+def check(
+    function, tensors, dlse: bool = True, cancels: bool = False, **keywords
+) -> list[Tensor | None]:
+    """`function`'s results are as exact as those of the formula in the same dtype.
+
+    In the same dtype it is evaluated in two orders, as PyTorch's unfused path does and from lse and
+    the rounded out as every fused backward does; the larger error counts.  The lse of 16-bit inputs
+    is held against PyTorch's fused one.  Gradients in float32 are measured by the sums of the
+    absolute terms.  `cancels` is for calls where most queries see hardly more than one key:
+    dp - delta is then the difference of two equal sums, and is measured by their terms.
+    """
+    query, key, value, mask, sinks = tensors
+    shape = (*query.shape[:3], value.shape[3])
+    dout = torch.randn(shape).to(query.dtype)
+    grad_lse = torch.randn(shape[:3]) if dlse else None
+    ours = results(function, tensors, dout, grad_lse, **keywords)
+    kept_lse = lse_gradient_for_rounded_out(tensors, dout, grad_lse, keywords)
+    variants = [
+        results(oracle.attention, tensors, dout, grad_lse, **keywords),
+        results(oracle.attention, tensors, dout, kept_lse, from_lse=True, **keywords),
+    ]
+    doubles = [x.double() if x is not None and x.is_floating_point() else x for x in tensors]
+    exact = results(oracle.attention, doubles, dout, grad_lse, **keywords)
+    assert ours[0].dtype == query.dtype
+    assert ours[1].dtype == torch.promote_types(query.dtype, torch.float32)
+    for gradient, tensor in zip(ours[2:], tensors, strict=True):
+        assert gradient is None or gradient.dtype == tensor.dtype
+    theirs = [larger_error(*three) for three in zip(*variants, exact, strict=True)]
+    if query.dtype.itemsize == 2 and key.shape[2] and query.numel():
+        theirs[1] = exact[1] + error_of_fused_lse(query, key, keywords.get("is_causal", False))
+    terms = None
+    if cancels or query.dtype == torch.float32:
+        terms = sizes(doubles, dout.double(), keywords, cancels)
+    assert_as_exact_as_torch(ours, theirs, exact, NAMES, terms)
+    return ours
+
+
+def larger_error(first: Tensor | None, second: Tensor | None, exact: Tensor | None) -> Any:
+    if first is None or second is None or exact is None:
+        return None
+    errors = [_accuracy.error(x, exact) for x in (first, second)]
+    return first if errors[0] >= errors[1] else second
+
+
+def lse_gradient_for_rounded_out(tensors, dout, dlse, keywords) -> Tensor:
+    """The gradient of lse with which the formula computes delta = dout . out - dlse as if from the
+    rounded out: all that is left of it in the backward."""
+    floats = [x.float() if x is not None and x.is_floating_point() else x for x in tensors]
+    with torch.no_grad():
+        out = oracle.attention(*floats[:4], sinks=floats[4], **keywords)[0]
+    lost = (dout.float() * (out.to(dout.dtype).float() - out)).sum(-1)
+    return -lost if dlse is None else dlse - lost
+
+
+def error_of_fused_lse(query: Tensor, key: Tensor, causal: bool) -> Tensor:
+    """What PyTorch's fused attention for CPUs adds to the lse of a plain call."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    scores = query.double() @ key.double().transpose(-2, -1) * query.shape[3] ** -0.5
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    return flash(query, key, key, 0.0, causal)[1] - scores.logsumexp(-1)
+
+
+def sizes(tensors, dout: Tensor, keywords, cancels: bool) -> list[float]:
+    """The sizes of what each result is summed from: of p (dp - delta) times keys or queries."""
+    query, key, value, mask, sinks = tensors
+    if not key.numel() or not query.numel():
+        return [0.0] * len(NAMES)
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    with torch.no_grad():
+        found = oracle.weights(query, key, mask, sinks=sinks, **keywords)
+        p, lse = found[..., :-1], found[..., -1:]
+        if cancels:
+            dp = dout.abs() @ value.abs().transpose(-2, -1)
+        else:
+            dp = (dout @ value.transpose(-2, -1)).abs()
+        dp = dp / (1 - keywords.get("dropout_p", 0.0))
+        delta = (p * dp).sum(-1, keepdim=True)
+        ds = p * (dp + delta)
+        scale = abs(keywords.get("scale") or query.shape[3] ** -0.5)
+        dquery = scale * (ds @ key.abs()).max().item()
+        dkey = scale * (ds.transpose(-2, -1) @ query.abs()).max().item()
+        dsinks = 0.0
+        if sinks is not None:
+            dsinks = ((sinks[:, None, None] - lse).exp() * delta).sum((0, 2, 3)).max().item()
+    return [0.0, 1.0, dquery, dkey, 0.0, ds.max().item(), dsinks]
