@@ -7,9 +7,10 @@
   [[gnu::weak]] void bind(pybind11::module_&); \
   }
 DECLARE_OP(layer_norm)
+DECLARE_OP(attention)
 
 PYBIND11_MODULE(_cuda, m) {
-  for (auto* bind : {&kernels::layer_norm::bind}) {
+  for (auto* bind : {&kernels::layer_norm::bind, &kernels::attention::bind}) {
     if (bind) bind(m);
   }
 }
