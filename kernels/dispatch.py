@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-OPS = ("layer_norm",)
+OPS = ("layer_norm", "cross_entropy")
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 CPU_ORDER = ("cpu", "cuda", "triton", "eager")  # asking in vain costs a small call microseconds
 FORCED_ONLY = ("reference",)  # plain torch formulas: the tests' oracle, never chosen by itself
@@ -108,10 +108,13 @@ def explain(op: str, *arguments: Any, **keywords: Any) -> Decision:
     """
     if op not in OPS:
         raise ValueError(f"op: unknown op {op!r} (accepted: {', '.join(OPS)})")
-    function = getattr(importlib.import_module(f"kernels.{op}.op"), op)
-    call = inspect.signature(function).bind(*arguments, **keywords)
+    module = importlib.import_module(f"kernels.{op}.op")
+    call = inspect.signature(getattr(module, op)).bind(*arguments, **keywords)
     call.apply_defaults()
-    refusals = {name: _refusal(op, name, call.args) for name in _candidates(call.args[0])}
+    # An op that puts its call into another form for the backends has this function.
+    backend_arguments = getattr(module, "backend_arguments", None)
+    asked = backend_arguments(**call.arguments) if backend_arguments else call.args
+    refusals = {name: _refusal(op, name, asked) for name in _candidates(asked[0])}
     chosen = next((name for name, reason in refusals.items() if reason is None), None)
     return Decision(op, chosen, refusals, forced=_forced is not None)
 
@@ -143,7 +146,7 @@ class Operators:
     backward: Callable[..., tuple[Any, ...]]
 
 
-def define(op: str, forward: str, backward: str) -> Callable[..., Any]:
+def define(op: str, forward: str, backward: str, gradients: int = 1) -> Callable[..., Any]:
     """Register `torch.ops.kernels.<op>_forward` and `_backward` with these schemas.
 
     Returns `choose(*forward arguments)`: what runs a call and its backward, an object with
@@ -152,12 +155,13 @@ def define(op: str, forward: str, backward: str) -> Callable[..., Any]:
 
     The reference is the ops' shape rule under fake tensors, so the two cannot drift apart.  A
     backend returns None for an output that was not asked for; a registered op, whose outputs must
-    be tensors, returns an empty one.  A backward takes (dy, *the forward's tensors, *what it
-    saved); backends are asked about the forward's part.
+    be tensors, returns an empty one.  A backward takes (*the gradients of the outputs, as many as
+    `gradients` says, *the forward's tensors, *what it saved); backends are asked about the
+    forward's part.
     """
     operators = Operators(
         _register(op, "forward", forward, first_argument=0),
-        _register(op, "backward", backward, first_argument=1),
+        _register(op, "backward", backward, first_argument=gradients),
     )
 
     compiling, modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
