@@ -20,11 +20,13 @@ constexpr float kSlack = 8.f;  // exp(8) * 2^20 classes is far from overflow
 // ---- what is done to a logit first ----
 
 struct Plain {
+  static constexpr bool kIdentity = true;
   vf operator()(vf x) const { return x; }
   vf slope(vf) const { return set1(1.f); }
 };
 
 struct Transformed {
+  static constexpr bool kIdentity = false;
   float scale, cap;  // cap 0: none
   vf operator()(vf x) const {
     x *= scale;
@@ -36,14 +38,14 @@ struct Transformed {
   }
 };
 
-// ---- the weights q'_c w_c of a loss that counts every class: kUsed, and q w at i ----
+// ---- the weights k_c = q'_c w_c of a loss that counts every class ----
 
 struct NoTerm {
-  static constexpr bool kUsed = false;
+  static constexpr bool kUsed = false, kPerRow = false;
 };
 
 struct Uniform {  // label smoothing of class indices: `share` of every class
-  static constexpr bool kUsed = true;
+  static constexpr bool kUsed = true, kPerRow = false;
   const float* weight;
   float share;
   template <class Lanes>
@@ -54,7 +56,7 @@ struct Uniform {  // label smoothing of class indices: `share` of every class
 
 template <class Q>
 struct Probabilities {
-  static constexpr bool kUsed = true;
+  static constexpr bool kUsed = true, kPerRow = true;
   const Q* q;  // the row's
   const float* weight;
   float keep, share;  // q' = keep * q + share
@@ -76,9 +78,9 @@ SIMD_INLINE float exp_one(float x) { return exp(set1(x))[0]; }
 
 // Sums over some classes c of a row; all zero, and `top` -inf, for no classes.
 struct Partial {
-  float top;                         // the reference, at most kSlack below the largest logit
-  float sum;                         // of exp(x_c - top)
-  double weights, weighted;          // of k_c = q'_c w_c, and of k_c x_c
+  float top;                 // the reference, at most kSlack below the largest logit
+  float sum;                 // of exp(x_c - top)
+  double weights, weighted;  // of k_c = q'_c w_c, and of k_c x_c
 };
 
 struct Largest {
@@ -181,7 +183,7 @@ Largest row_largest(const T* x, int64_t begin, int64_t n, float sign) {
 
 // ---- backward ----
 
-// dx_c = (slope * exp(x'_c - lse) - k_c) * dx'/dx, with k_c = 0 without a term.
+// dx_c = (slope * exp(x'_c - lse) - k_c - on_c) * dx'/dx; on_c is 0 but for the target's class.
 struct Gradient {
   float lse, rest;  // the two parts of lse
   float slope;
@@ -189,11 +191,11 @@ struct Gradient {
 
 template <class Transform, class Term, class Lanes>
 SIMD_INLINE vf gradient_at(vf x, const Gradient& g, Transform transform, Term term, int64_t i,
-                           Lanes lanes) {
+                           Lanes lanes, float on = 0.f) {
   const vf y = transform(x);
   vf d = exp((y - g.lse) - g.rest) * g.slope;
   if constexpr (Term::kUsed) d -= term(i, lanes);
-  return d * transform.slope(y);
+  return (d - on) * transform.slope(y);
 }
 
 template <bool Stream, class T, class Transform, class Term>

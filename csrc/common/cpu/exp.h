@@ -13,10 +13,10 @@ SIMD_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 // NaN stays NaN and exp(-inf) is 0.  Beyond the normal range AVX-512 gives subnormals and inf, the
 // others 0 and about the largest float.
 SIMD_INLINE vf exp(vf x) {
-  constexpr float kLargest = 88.72283f, kSmallest = -87.33654f;
 #if defined(__AVX512F__)
   x = max(set1(-104.f), x);  // scaled by its power of two it is 0; -inf itself would make r NaN
 #else
+  constexpr float kLargest = 88.72283f, kSmallest = -87.33654f;
   const auto underflow = x < kSmallest;
   x = min(set1(kLargest), max(set1(kSmallest), x));
 #endif
