@@ -82,7 +82,7 @@ void dispatch_call(const Call& a, F f) {
 template <class T, class Transform>
 void finish_row(const ForwardArgs& f, int64_t row, const Partial& p, Transform transform) {
   const Call& a = f.call;
-  const float log_sum = p.top == -INFINITY ? NAN : logf(p.sum);
+  const float log_sum = p.top == -INFINITY ? NAN : logf(float(p.sum));
   const float lse = p.top + log_sum;
   const float part = lse - p.top;  // the error of the addition, exactly (Knuth's TwoSum)
   f.lse[row] = lse;
@@ -96,8 +96,9 @@ void finish_row(const ForwardArgs& f, int64_t row, const Partial& p, Transform t
     counted = target != a.ignore_index;
     if (counted) {
       const float x = transform(set1(load_one(row_of<T>(a, row) + target)))[0];
-      log_prob = (x - p.top) - log_sum;
-      loss -= double(1.f - a.label_smoothing) * weight_of(a, target) * log_prob;
+      const double exact = (double(x) - double(p.top)) - double(log_sum);
+      log_prob = float(exact);
+      loss -= (1.0 - double(a.label_smoothing)) * weight_of(a, target) * exact;
     }
   }
   if (a.z_loss != 0.f) loss += double(a.z_loss) * lse * lse;
@@ -201,7 +202,7 @@ Row row_to_differentiate(const BackwardArgs& b, int64_t row, double weights) {
     target = a.target[row];
     if (target == a.ignore_index) return {{lse, rest, dlse}, 0.f, 0.f, -1, b.dlse == nullptr};
     if (target < 0 || target >= a.cols) return {{NAN, NAN, NAN}, NAN, 0.f, -1, false};
-    on = (1.f - a.label_smoothing) * weight_of(a, target);
+    on = float((1.0 - double(a.label_smoothing)) * weight_of(a, target));
   }
   const float slope = float(weights + double(on) + 2.0 * double(a.z_loss) * lse);
   return {{lse, rest, g * slope + dlse}, g, g * on, target, false};
@@ -221,7 +222,7 @@ void gradient_chunk(const BackwardArgs& b, int64_t row, int64_t begin, int64_t n
   vf at_target{};
   if (has_target) {  // before dx, which may be x, is written
     const vf v = set1(load_one(x + r.target));
-    at_target = gradient_at(v, r.gradient, transform, term, r.target, Tail{1}, r.on);
+    at_target = gradient_at_target(v, r.gradient, transform, term, r.target, r.on);
   }
   row_gradient<Stream>(x, dx, begin, n, r.gradient, transform, term);
   if constexpr (Stream) stream_fence();  // before the target is written over

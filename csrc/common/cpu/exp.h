@@ -40,6 +40,18 @@ SIMD_INLINE vf exp(vf x) {
 #endif
 }
 
+// exp(x) - 1, without the cancellation near 0: there the polynomial is x + x^2 * (...).
+SIMD_INLINE vf exp_minus_1(vf x) {
+  vf p = set1(1.3814584e-3f);
+  p = p * x + 8.3687240e-3f;
+  p = p * x + 4.1668389e-2f;
+  p = p * x + 1.6666521e-1f;
+  p = p * x + 4.9999994e-1f;
+  const vf near = p * x * x + x;
+  const vf size = (vf)((vu)x & 0x7fffffff);
+  return size < 0.3465f ? near : exp(x) - 1.f;
+}
+
 // tanh after Cephes' tanhf (Moshier): an odd polynomial near 0, 1 - 2 / (exp(2 |x|) + 1) elsewhere.
 SIMD_INLINE vf tanh(vf x) {
   const vf s = x * x;
