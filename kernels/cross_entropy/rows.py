@@ -92,7 +92,8 @@ class RowFunction(torch.autograd.Function):
             # create_graph: lse depends on input, so it takes part in the second derivative.
             x = reference.logits(input, options.softcap, options.logit_scale)
             lse, backend, inplace = reference.log_sum_exp(x), reference, False
-        inplace = inplace and not isinstance(backend, Operators)
+        overlapping = input.shape[0] > 1 and input.stride(0) < input.shape[1]
+        inplace = inplace and not overlapping and not isinstance(backend, Operators)
         mask = ctx.needs_input_grad[:2]
         dinput, dtarget = backend.backward(
             dlosses, dlse, input, target, weight, *options, lse, mask, inplace
