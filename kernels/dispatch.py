@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-OPS = ("layer_norm", "attention", "attention.decode")
+OPS = ("layer_norm", "attention", "attention.decode", "cross_entropy")
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 CPU_ORDER = ("cpu", "cuda", "triton", "eager")  # asking in vain costs a small call microseconds
 FORCED_ONLY = ("reference",)  # plain torch formulas: the tests' oracle, never chosen by itself

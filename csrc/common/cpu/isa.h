@@ -5,6 +5,7 @@
 #include <string>
 
 #include "attention/cpu.h"
+#include "cross_entropy/cpu.h"
 #include "layer_norm/cpu.h"
 
 namespace kernels {
@@ -14,6 +15,7 @@ struct InstructionSet {
   bool (*supported)();  // by the machine this runs on
   const layer_norm::CpuKernels* layer_norm;
   const attention::CpuKernels* attention;
+  const cross_entropy::CpuKernels* cross_entropy;
 };
 
 #if defined(__x86_64__)
@@ -29,23 +31,27 @@ inline bool has_avx512() {
 inline bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
+#define KERNELS_OF(isa) \
+  &isa::layer_norm_kernels, &isa::attention_kernels, &isa::cross_entropy_kernels
+
+#define KERNELS_OF(isa) \
+  &isa::layer_norm_kernels, &isa::attention_kernels, &isa::cross_entropy_kernels
+
 // Best first.
 inline constexpr InstructionSet kInstructionSets[] = {
 #ifdef KERNELS_HAVE_AVX512_BF16
-    {"avx512_bf16", has_avx512_bf16, &avx512_bf16::layer_norm_kernels,
-     &avx512_bf16::attention_kernels},
+    {"avx512_bf16", has_avx512_bf16, KERNELS_OF(avx512_bf16)},
 #endif
 #ifdef KERNELS_HAVE_AVX512
-    {"avx512", has_avx512, &avx512::layer_norm_kernels,
-     &avx512::attention_kernels},
+    {"avx512", has_avx512, KERNELS_OF(avx512)},
 #endif
 #ifdef KERNELS_HAVE_AVX2
-    {"avx2", has_avx2, &avx2::layer_norm_kernels,
-     &avx2::attention_kernels},
+    {"avx2", has_avx2, KERNELS_OF(avx2)},
 #endif
-    {"baseline", [] { return true; }, &baseline::layer_norm_kernels,
-     &baseline::attention_kernels},
+    {"baseline", [] { return true; }, KERNELS_OF(baseline)},
 };
+#undef KERNELS_OF
+#undef KERNELS_OF
 
 // The one in use: the best supported, until `use_instruction_set` picks another.
 inline const InstructionSet*& current_instruction_set() {
