@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-OPS = ("layer_norm",)
+OPS = ("layer_norm", "cross_entropy")
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 CPU_ORDER = ("cpu", "cuda", "triton", "eager")  # asking in vain costs a small call microseconds
 FORCED_ONLY = ("reference",)  # plain torch formulas: the tests' oracle, never chosen by itself
@@ -108,10 +108,13 @@ def explain(op: str, *arguments: Any, **keywords: Any) -> Decision:
     """
     if op not in OPS:
         raise ValueError(f"op: unknown op {op!r} (accepted: {', '.join(OPS)})")
-    function = getattr(importlib.import_module(f"kernels.{op}.op"), op)
-    call = inspect.signature(function).bind(*arguments, **keywords)
+    module = importlib.import_module(f"kernels.{op}.op")
+    call = inspect.signature(getattr(module, op)).bind(*arguments, **keywords)
     call.apply_defaults()
-    refusals = {name: _refusal(op, name, call.args) for name in _candidates(call.args[0])}
+    # An op that puts its call into another form for the backends has this function.
+    backend_arguments = getattr(module, "backend_arguments", None)
+    asked = backend_arguments(**call.arguments) if backend_arguments else call.args
+    refusals = {name: _refusal(op, name, asked) for name in _candidates(asked[0])}
     chosen = next((name for name, reason in refusals.items() if reason is None), None)
     return Decision(op, chosen, refusals, forced=_forced is not None)
 

@@ -1,0 +1,208 @@
+// Cross-entropy of one row, or of one chunk of a long row, in vectors of the compiled instruction
+// set.  Math and shapes: kernels/cross_entropy/README.md.  Threads and chunks: cpu.cpp.
+//
+// Forward takes a chunk in blocks that stay in L1.  Exponentials are relative to a reference, the
+// maximum of the first block; only a block that exceeds it by more than kSlack is done again with
+// a new one.  So nearly every logit is loaded, converted and exponentiated once, while the maximum
+// rides along.
+#pragma once
+#include <cmath>
+
+#include "common/cpu/exp.h"
+#include "common/cpu/simd.h"
+#include "cross_entropy/cpu.h"
+
+namespace kernels::ISA::cross_entropy {
+
+constexpr int64_t kBlock = 1024;
+constexpr float kSlack = 8.f;  // exp(8) * 2^20 classes is far from overflow
+
+// ---- what is done to a logit first ----
+
+struct Plain {
+  vf operator()(vf x) const { return x; }
+  vf slope(vf) const { return set1(1.f); }
+};
+
+struct Transformed {
+  float scale, cap;  // cap 0: none
+  vf operator()(vf x) const {
+    x *= scale;
+    return cap == 0.f ? x : tanh(x / cap) * cap;
+  }
+  vf slope(vf y) const {  // of the transform, from its result
+    const vf share = y / cap;
+    return cap == 0.f ? set1(scale) : (1.f - share * share) * scale;
+  }
+};
+
+// ---- the weights q'_c w_c of a loss that counts every class: kUsed, and q w at i ----
+
+struct NoTerm {
+  static constexpr bool kUsed = false;
+};
+
+struct Uniform {  // label smoothing of class indices: `share` of every class
+  static constexpr bool kUsed = true;
+  const float* weight;
+  float share;
+  template <class Lanes>
+  vf operator()(int64_t i, Lanes lanes) const {
+    return weight ? load(weight + i, lanes) * share : zero_past(set1(share), lanes);
+  }
+};
+
+template <class Q>
+struct Probabilities {
+  static constexpr bool kUsed = true;
+  const Q* q;  // the row's
+  const float* weight;
+  float keep, share;  // q' = keep * q + share
+  template <class Lanes>
+  vf operator()(int64_t i, Lanes lanes) const {
+    const vf smoothed = zero_past(load(q + i, lanes) * keep + share, lanes);
+    return weight ? smoothed * load(weight + i, lanes) : smoothed;
+  }
+};
+
+template <class T>
+SIMD_INLINE float load_one(const T* p) {
+  return load(p, Tail{1})[0];
+}
+
+SIMD_INLINE float exp_one(float x) { return exp(set1(x))[0]; }
+
+// ---- forward ----
+
+// Sums over some classes c of a row; all zero, and `top` -inf, for no classes.
+struct Partial {
+  float top;                         // the reference, at most kSlack below the largest logit
+  float sum;                         // of exp(x_c - top)
+  double weights, weighted;          // of k_c = q'_c w_c, and of k_c x_c
+};
+
+struct Largest {
+  float value;  // NaN is larger than any
+  int64_t at;   // its first class
+};
+
+template <class T, class Transform>
+SIMD_INLINE float block_max(const T* x, int64_t n, Transform transform) {
+  vf top[kUnroll];
+  for (vf& v : top) v = set1(-INFINITY);
+  for_each_vector(n, [&](int64_t i, auto lanes, int u) {
+    top[u] = max(top[u], fill_past(transform(load(x + i, lanes)), lanes, -INFINITY));
+  });
+  return max_lane(max(top[0], top[1]));
+}
+
+// Adds the block x [n] to `p`; `term` counts classes from the block's first.
+template <class T, class Transform, class Term>
+SIMD_INLINE void add_block(Partial& p, const T* x, int64_t n, int64_t first, Transform transform,
+                           Term term) {
+  if (p.top == -INFINITY) p.top = block_max(x, n, transform);  // the first, or only -inf so far
+  for (;;) {
+    const float reference = p.top == -INFINITY ? 0.f : p.top;  // exp(-inf - 0) adds nothing
+    vf top[kUnroll];
+    for (vf& v : top) v = set1(-INFINITY);
+    Accumulator sum;
+    for_each_vector(n, [&](int64_t i, auto lanes, int u) {
+      const vf v = fill_past(transform(load(x + i, lanes)), lanes, -INFINITY);
+      top[u] = max(top[u], v);
+      sum.slot[u] += exp(v - reference);
+    });
+    const float largest = max_lane(max(top[0], top[1]));
+    if (largest > p.top + kSlack) {
+      p.sum *= exp_one(p.top - largest);
+      p.top = largest;
+      continue;
+    }
+    p.sum += Accumulator::total(sum);
+    if constexpr (Term::kUsed) {  // from L1
+      Accumulator weights, weighted;
+      for_each_vector(n, [&](int64_t i, auto lanes, int u) {
+        const vf k = term(first + i, lanes);
+        weights.slot[u] += k;
+        weighted.slot[u] += zero_past(k * (transform(load(x + i, lanes)) - reference), lanes);
+      });
+      const double k = double(Accumulator::total(weights));
+      p.weights += k;
+      p.weighted += double(Accumulator::total(weighted)) + k * double(reference);
+    }
+    return;
+  }
+}
+
+// Classes begin to begin + n of the row x.
+template <class T, class Transform, class Term>
+Partial row_partial(const T* x, int64_t begin, int64_t n, Transform transform, Term term) {
+  Partial p{-INFINITY, 0.f, 0.0, 0.0};
+  for (int64_t b = begin; b < begin + n; b += kBlock) {
+    const int64_t rest = begin + n - b;
+    add_block(p, x + b, rest < kBlock ? rest : kBlock, b, transform, term);
+  }
+  return p;
+}
+
+// `p` and the classes after it.
+SIMD_INLINE void combine(Partial& p, const Partial& next) {
+  const float top = next.top > p.top ? next.top : p.top;
+  auto scaled = [&](const Partial& part) {  // a part of nothing but -inf adds 0, or NaN
+    return part.top == top || part.top == -INFINITY ? part.sum : part.sum * exp_one(part.top - top);
+  };
+  p = {top, scaled(p) + scaled(next), p.weights + next.weights, p.weighted + next.weighted};
+}
+
+// The largest of classes begin to begin + n, of -x where `sign` is -1: block by block, then the
+// first such class within the block.
+template <class T>
+Largest row_largest(const T* x, int64_t begin, int64_t n, float sign) {
+  Largest best{-INFINITY, begin};
+  int64_t block = begin;
+  for (int64_t b = begin; b < begin + n && best.value == best.value; b += kBlock) {
+    const int64_t rest = begin + n - b, length = rest < kBlock ? rest : kBlock;
+    vf top = set1(-INFINITY), nan{};
+    for_each_vector(length, [&](int64_t i, auto lanes, int) {
+      const vf v = fill_past(load(x + b + i, lanes) * sign, lanes, -INFINITY);
+      top = max(top, v);
+      nan = v == v ? nan : set1(1.f);
+    });
+    const float largest = sum(nan) > 0.f ? NAN : max_lane(top);
+    if (!(largest <= best.value)) {
+      best.value = largest;
+      block = b;
+    }
+  }
+  for (best.at = block;; best.at++) {
+    const float v = load_one(x + best.at) * sign;
+    if (v == best.value || v != v) return best;
+  }
+}
+
+// ---- backward ----
+
+// dx_c = (slope * exp(x'_c - lse) - k_c) * dx'/dx, with k_c = 0 without a term.
+struct Gradient {
+  float lse, rest;  // the two parts of lse
+  float slope;
+};
+
+template <class Transform, class Term, class Lanes>
+SIMD_INLINE vf gradient_at(vf x, const Gradient& g, Transform transform, Term term, int64_t i,
+                           Lanes lanes) {
+  const vf y = transform(x);
+  vf d = exp((y - g.lse) - g.rest) * g.slope;
+  if constexpr (Term::kUsed) d -= term(i, lanes);
+  return d * transform.slope(y);
+}
+
+template <bool Stream, class T, class Transform, class Term>
+void row_gradient(const T* x, T* dx, int64_t begin, int64_t n, Gradient g, Transform transform,
+                  Term term) {
+  for_each_vector(n, [&](int64_t i, auto lanes, int) {
+    const vf v = load(x + begin + i, lanes);
+    write<Stream>(dx + begin + i, gradient_at(v, g, transform, term, begin + i, lanes), lanes);
+  });
+}
+
+}  // namespace kernels::ISA::cross_entropy

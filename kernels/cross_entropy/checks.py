@@ -1,0 +1,107 @@
+"""What cross_entropy accepts: everything else is refused before anything runs, as torch does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_options(
+    op: str,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    if reduction not in _REDUCTIONS:
+        raise ValueError(
+            f"{op}: {reduction!r} is not a valid value for reduction "
+            f"(accepted: {', '.join(_REDUCTIONS)})"
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(
+            f"{op}: label_smoothing must be between 0.0 and 1.0, got {label_smoothing}"
+        )
+    if not math.isfinite(z_loss):
+        raise ValueError(f"{op}: z_loss must be finite, got {z_loss}")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
+
+
+def check_tensor(op: str, name: str, value: Any, like: Tensor | None = None) -> None:
+    """A floating Tensor of an accepted dtype, on the device of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, not {type(value).__name__}")
+    if value.dtype not in _DTYPES:
+        raise NotImplementedError(
+            f"{op}: {name} is {value.dtype}; accepted are float32, bfloat16, float16, float64"
+        )
+    if like is not None and value.device != like.device:
+        raise RuntimeError(f"{op}: {name} is on {value.device}, but input is on {like.device}")
+
+
+def check_target(
+    op: str, input: Tensor, shape: tuple[int, ...], target: Any, ignore_index: int
+) -> bool:
+    """True where `target` holds probabilities: where it has the shape (of the logits) `shape`.
+
+    Raises what F.cross_entropy raises for logits of that shape on input's device.
+    """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{op}: target must be a Tensor, not {type(target).__name__}")
+    if target.device != input.device:
+        raise RuntimeError(f"{op}: target is on {target.device}, but input is on {input.device}")
+    if tuple(target.shape) == shape:
+        if not target.is_floating_point():
+            raise RuntimeError(
+                f"{op}: target has the logits' shape {list(shape)} and so holds class "
+                f"probabilities: a floating point dtype is expected, but target is {target.dtype}"
+            )
+        if ignore_index >= 0:
+            raise RuntimeError(
+                f"{op}: ignore_index={ignore_index} is not supported for class probabilities"
+            )
+        return True
+    if len(shape) == 1:
+        if target.dim() > 1 or target.numel() != 1:
+            raise ValueError(
+                f"{op}: for 1D logits target must have one element, but has shape "
+                f"{list(target.shape)}"
+            )
+    else:
+        expected = (shape[0], *shape[2:])
+        if target.dim() > 0 and target.shape[0] != shape[0]:
+            raise ValueError(
+                f"{op}: expected logits batch_size ({shape[0]}) to match target batch_size "
+                f"({target.shape[0]})"
+            )
+        if tuple(target.shape) != expected:
+            raise RuntimeError(
+                f"{op}: target must have shape {list(expected)} for logits of shape "
+                f"{list(shape)}, but has shape {list(target.shape)}"
+            )
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(
+            f"{op}: target holds class indices: expected dtype int64 or uint8, got {target.dtype}"
+        )
+    return False
+
+
+def check_weight(op: str, weight: Any, classes: int, input: Tensor) -> None:
+    if weight is None:
+        return
+    check_tensor(op, "weight", weight, like=input)
+    if tuple(weight.shape) != (classes,):
+        raise RuntimeError(
+            f"{op}: weight must have one element for each of the {classes} classes, "
+            f"but has shape {list(weight.shape)}"
+        )

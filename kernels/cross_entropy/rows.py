@@ -1,0 +1,124 @@
+"""One call per row: the registered ops, and autograd through whichever backend runs.
+
+Everything above this file (reductions, shapes, chunks, process groups) is made of `row_losses` and
+ordinary operations on [N] tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy import eager, reference
+from kernels.dispatch import Operators, define
+
+_OPTIONS = (
+    "Tensor input, Tensor target, Tensor? weight, int ignore_index, float label_smoothing,"
+    " float z_loss, float softcap, float logit_scale, bool stats"
+)
+choose = define(
+    "cross_entropy",
+    forward=f"({_OPTIONS}) -> (Tensor losses, Tensor lse, Tensor log_prob, Tensor best)",
+    backward=f"(Tensor dlosses, Tensor? dlse, {_OPTIONS}, Tensor lse, bool[2] output_mask,"
+    " bool inplace) -> (Tensor dinput, Tensor dtarget)",
+    gradients=2,
+)
+
+
+class Options(NamedTuple):
+    """What every backend takes after input, target and weight, in its order."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float  # 0: none
+    logit_scale: float
+    stats: bool
+
+
+class RowResults(NamedTuple):
+    """Of each row, [N]: see reference.forward.  All but losses are None where not asked for."""
+
+    losses: Tensor
+    lse: Tensor | None
+    log_prob: Tensor | None
+    best: Tensor | None
+
+
+def select_backend(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Any:
+    backend = choose(input, target, weight, *options)
+    if isinstance(backend, Operators) and target.requires_grad:
+        return eager  # the registered ops' backends differentiate only the logits
+    return backend
+
+
+class RowFunction(torch.autograd.Function):
+    """Backward runs the forward's backend, or, under create_graph, the reference's formula."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: Options,
+        with_lse: bool,
+        inplace: bool,
+    ) -> tuple[Tensor | None, ...]:
+        backend = select_backend(input, target, weight, options)
+        losses, lse, log_prob, best = backend.forward(input, target, weight, *options)
+        ctx.save_for_backward(input, target, weight)
+        ctx.rest = backend, lse, options, inplace
+        ctx.set_materialize_grads(False)
+        if not options.stats or target.is_floating_point():
+            log_prob = None
+        if not options.stats:
+            best = None
+        ctx.mark_non_differentiable(*(x for x in (log_prob, best) if x is not None))
+        # A copy: what the caller does to it must not reach the backward.
+        return losses, lse[0].clone() if with_lse else None, log_prob, best
+
+    @staticmethod
+    def backward(
+        ctx: Any, dlosses: Tensor | None, dlse: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        input, target, weight = ctx.saved_tensors  # raises where one was written to since
+        backend, lse, options, inplace = ctx.rest
+        if dlosses is None:
+            dlosses = lse.new_zeros(1).expand(input.shape[0])
+        if torch.is_grad_enabled():
+            # create_graph: lse depends on input, so it takes part in the second derivative.
+            x = reference.logits(input, options.softcap, options.logit_scale)
+            lse, backend, inplace = reference.log_sum_exp(x), reference, False
+        inplace = inplace and not isinstance(backend, Operators)
+        mask = ctx.needs_input_grad[:2]
+        dinput, dtarget = backend.backward(
+            dlosses, dlse, input, target, weight, *options, lse, mask, inplace
+        )
+        if inplace:
+            torch.autograd.graph.increment_version(input)
+        return dinput if mask[0] else None, dtarget if mask[1] else None, None, None, None, None
+
+
+def row_losses(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    with_lse: bool = False,
+    inplace: bool = False,
+) -> RowResults:
+    """Losses, and what else was asked for, of input [N, C], differentiable in input and target."""
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        return RowResults(*RowFunction.apply(input, target, weight, options, with_lse, inplace))
+    backend = select_backend(input, target, weight, options)
+    losses, lse, log_prob, best = backend.forward(input, target, weight, *options)
+    with_log_prob = options.stats and not target.is_floating_point()
+    return RowResults(
+        losses,
+        lse[0] if with_lse else None,
+        log_prob if with_log_prob else None,
+        best if options.stats else None,
+    )
