@@ -6,10 +6,11 @@
   namespace kernels::op {                      \
   [[gnu::weak]] void bind(pybind11::module_&); \
   }
+DECLARE_OP(cross_entropy)
 DECLARE_OP(layer_norm)
 
 PYBIND11_MODULE(_cuda, m) {
-  for (auto* bind : {&kernels::layer_norm::bind}) {
+  for (auto* bind : {&kernels::cross_entropy::bind, &kernels::layer_norm::bind}) {
     if (bind) bind(m);
   }
 }

@@ -110,8 +110,10 @@ template <typename T>
 void launch_backward(BackwardArgs a, Target target) {
   const Problem& p = a.problem;
   // Tiles are written as they were read: from the same distance to a 128-bit boundary.
-  const bool alike = (reinterpret_cast<uintptr_t>(p.input) -
-                      reinterpret_cast<uintptr_t>(a.dinput)) % kVectorBytes == 0;
+  const bool alike =
+      (reinterpret_cast<uintptr_t>(p.input) - reinterpret_cast<uintptr_t>(a.dinput)) %
+          kVectorBytes ==
+      0;
   if (in_tiles(p, sizeof(T)) && a.dinput_stride == p.classes && alike) {
     constexpr const char* kName = "cross_entropy backward_tile_kernel";
     const Tile tile = plan_tile(p.rows, p.classes, sizeof(T), target.multiprocessors);

@@ -1,5 +1,5 @@
-// Cross-entropy backward on CUDA: every row is read once and its gradient written once, which may go
-// where the row was. With K the sum of a row's shares, g = dlosses and h = dlse,
+// Cross-entropy backward on CUDA: every row is read once and its gradient written once, which may
+// go where the row was. With K the sum of a row's shares, g = dlosses and h = dlse,
 //   dx'_c = (g (K + 2 z_loss lse) + h) softmax_c - g k_c.
 //
 // Short rows come in tiles (cuda_tile.cuh); of longer ones a thread's vectors are independent, so
@@ -12,14 +12,14 @@ namespace kernels::cross_entropy {
 
 struct BackwardArgs {
   Problem problem;
-  const float *dlosses, *dlse;           // [rows], the latter or null
-  int64_t dlosses_stride, dlse_stride;   // elements, 0 where all rows have the same
-  const float *lse, *lse_rest;           // [rows] each, as the forward left them
-  const float* mass;                     // [rows]: K of probabilities, or null
-  const float* total_weight;             // [1]: the sum of weight, or null where there is no weight
-  void* dinput;                          // [rows, classes], dtype of input, perhaps input itself
-  int64_t dinput_stride;                 // elements from one row to the next
-  int part_classes;                      // backward_rows_kernel: of one blockIdx.y
+  const float *dlosses, *dlse;          // [rows], the latter or null
+  int64_t dlosses_stride, dlse_stride;  // elements, 0 where all rows have the same
+  const float *lse, *lse_rest;          // [rows] each, as the forward left them
+  const float* mass;                    // [rows]: K of probabilities, or null
+  const float* total_weight;            // [1]: the sum of weight, or null where there is no weight
+  void* dinput;                         // [rows, classes], dtype of input, perhaps input itself
+  int64_t dinput_stride;                // elements from one row to the next
+  int part_classes;                     // backward_rows_kernel: of one blockIdx.y
 };
 
 // What all elements of a row share.
@@ -29,7 +29,8 @@ struct alignas(16) RowGradient {
   float g;      // the factor of k_c
   float on;     // what the target's class gets less
   int target;   // its column, or kNoClass
-  bool zero;    // an ignored row, whatever its logits
+  int zero;     // an ignored row, whatever its logits
+  int unused;
 
   __device__ __forceinline__ static RowGradient of(const BackwardArgs& a, int64_t row) {
     const Problem& p = a.problem;
@@ -49,6 +50,7 @@ struct alignas(16) RowGradient {
     if (a.dlse != nullptr) r.slope += a.dlse[row * a.dlse_stride];
     r.target = label.column;
     r.zero = label.ignored && a.dlse == nullptr;
+    r.unused = 0;
     return r;
   }
 
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     __syncthreads();
     for (int r = threadIdx.y; r < rows; r += blockDim.y) {
       const RowGradient gradient = gradients[r];
-      for_each_column(p.classes, [&](const int(&columns)[kTileItems]) {
+      for_each_column(p.classes, [&](const int (&columns)[kTileItems]) {
 #pragma unroll
         for (int i = 0; i < kTileItems; ++i) {
           if (columns[i] == kNoClass) continue;
@@ -118,15 +120,16 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) backward_rows_kernel(
       clear(dx, begin, end, threadIdx.x, blockDim.x);
       continue;
     }
-    const bool alike = (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(dx)) %
-                           kVectorBytes == 0;  // both rows start as far from a boundary
+    const bool alike =
+        (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(dx)) % kVectorBytes ==
+        0;  // both rows start as far from a boundary
     sweep(x, begin, end, threadIdx.x, blockDim.x, [&]<int kCount>(Vec<T, kCount> part, int column) {
       float share[kCount] = {};
       if (p.shared) load_shares<T>(p, row, column, share);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        part.at[i] = from_float<T>(
-            gradient.of_element(p, to_float(part.at[i]), share[i], column + i));
+        part.at[i] =
+            from_float<T>(gradient.of_element(p, to_float(part.at[i]), share[i], column + i));
       }
       if (alike) {
         part.store(dx + column);

@@ -1,24 +1,25 @@
-// Cross-entropy forward on CUDA: every row is read once; maximum, sum and the rest are kept in step.
+// Cross-entropy forward on CUDA: every row is read once; maximum, sum and the rest are kept in
+// step.
 //
-// Short rows come in tiles (cuda_tile.cuh). Longer ones have a warp or a block each, and where there
-// are few, several blocks, whose states a last kernel merges in their order.
+// Short rows come in tiles (cuda_tile.cuh). Longer ones have a warp or a block each, and where
+// there are few, several blocks, whose states a last kernel merges in their order.
 #pragma once
 
 #include "cross_entropy/cuda_tile.cuh"
 
 namespace kernels::cross_entropy {
 
-constexpr int kRowThreads = 512;  // largest block of the kernels of long rows
-constexpr int kRowBlocks = 2;     // of those that a multiprocessor holds
+constexpr int kRowThreads = 256;  // largest block of the kernels of long rows
+constexpr int kRowBlocks = 3;     // of those that a multiprocessor holds
 
 struct ForwardArgs {
   Problem problem;
-  float* losses;            // [rows]
-  float *lse, *lse_rest;    // [rows] each: log(sum(e^x')), and what its rounding left over
-  float* log_prob;          // [rows], or null
-  int64_t* best;            // [rows], or null
-  RowState* parts;          // [rows, parts], or null: workspace of the few rows that blocks share
-  int part_classes;         // of one blockIdx.y
+  float* losses;          // [rows]
+  float *lse, *lse_rest;  // [rows] each: log(sum(e^x')), and what its rounding left over
+  float* log_prob;        // [rows], or null
+  int64_t* best;          // [rows], or null
+  RowState* parts;        // [rows, parts], or null: workspace of the few rows that blocks share
+  int part_classes;       // of one blockIdx.y
 };
 
 // What becomes of a row whose state is complete.
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     for (int r = threadIdx.y; r - static_cast<int>(threadIdx.y) < rows; r += blockDim.y) {
       RowState state = RowState::empty();
       if (r < rows) {
-        for_each_column(p.classes, [&](const int(&columns)[kTileItems]) {
+        for_each_column(p.classes, [&](const int (&columns)[kTileItems]) {
           float raw[kTileItems], share[kTileItems];
 #pragma unroll
           for (int i = 0; i < kTileItems; ++i) {

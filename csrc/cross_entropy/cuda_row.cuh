@@ -1,8 +1,9 @@
 // A row of logits on CUDA: how threads walk over it 128 bits at a time wherever it starts, and what
 // they keep of it. Maths and shapes: kernels/cross_entropy/README.md.
 //
-// The loss of a row is sum_c k_c (lse - x'_c) + z_loss lse^2, where k_c is the class's share: of the
-// target `on` w_c, and of every class w_c (on q_c + off) with probabilities, w_c off with smoothing.
+// The loss of a row is sum_c k_c (lse - x'_c) + z_loss lse^2, where k_c is the class's share: of
+// the target `on` w_c, and of every class w_c (on q_c + off) with probabilities, w_c off with
+// smoothing.
 #pragma once
 
 #include <algorithm>
@@ -23,16 +24,16 @@ struct Label {
 };
 
 struct Problem {
-  const void* input;           // [rows, classes]
-  const int64_t* target;       // [rows], or null
-  const void* probabilities;   // [rows, classes], or null
-  const float* weight;         // [classes], or null
-  int64_t rows, row_stride;    // elements from one row of input to the next
-  int64_t ignore_index;        // unused with probabilities
+  const void* input;          // [rows, classes]
+  const int64_t* target;      // [rows], or null
+  const void* probabilities;  // [rows, classes], or null
+  const float* weight;        // [classes], or null
+  int64_t rows, row_stride;   // elements from one row of input to the next
+  int64_t ignore_index;       // unused with probabilities
   int classes;
-  bool wide_probabilities;     // they are fp32; else in the dtype of input
-  bool shared;                 // every class has a share: smoothing, or probabilities
-  float on, off;               // 1 - smoothing, smoothing / classes
+  bool wide_probabilities;  // they are fp32; else in the dtype of input
+  bool shared;              // every class has a share: smoothing, or probabilities
+  float on, off;            // 1 - smoothing, smoothing / classes
   float z_loss, softcap, logit_scale;
 
   __device__ __forceinline__ float logit(float x) const {

@@ -7,10 +7,10 @@
 namespace kernels::cross_entropy {
 
 constexpr int kTileThreads = 256;
-constexpr int kTileBlocks = 4;            // of those that a multiprocessor holds
-constexpr int64_t kTileRowBytes = 4096;   // longer rows are worth the few sectors of their own ends
-constexpr int64_t kTileBytes = 16384;     // aimed at; rows of more than 2048 bytes come by eight
-constexpr int kTileItems = 4;             // elements that a lane takes together
+constexpr int kTileBlocks = 4;           // of those that a multiprocessor holds
+constexpr int64_t kTileRowBytes = 4096;  // longer rows are worth the few sectors of their own ends
+constexpr int64_t kTileBytes = 16384;    // aimed at; rows of more than 2048 bytes come by eight
+constexpr int kTileItems = 4;            // elements that a lane takes together
 
 struct Tile {
   int lanes;  // of a row, a power of two up to 32: blockDim.x

@@ -43,16 +43,16 @@ void cross_entropy_forward(Address input, Address target, Address probabilities,
                            Address best, Address parts, int dtype, int multiprocessors, int device,
                            Address stream) {
   const DeviceGuard guard(device);
-  const ForwardArgs args{problem(input, target, probabilities, weight, rows, row_stride, classes,
-                                 ignore_index, wide_probabilities, smoothing, z_loss, softcap,
-                                 logit_scale),
-                         pointer<float>(losses),
-                         pointer<float>(lse),
-                         pointer<float>(lse) + rows,
-                         pointer<float>(log_prob),
-                         pointer<int64_t>(best),
-                         pointer<RowState>(parts),
-                         0};
+  const ForwardArgs args{
+      problem(input, target, probabilities, weight, rows, row_stride, classes, ignore_index,
+              wide_probabilities, smoothing, z_loss, softcap, logit_scale),
+      pointer<float>(losses),
+      pointer<float>(lse),
+      pointer<float>(lse) + rows,
+      pointer<float>(log_prob),
+      pointer<int64_t>(best),
+      pointer<RowState>(parts),
+      0};
   forward(args, checked_dtype(dtype), target_of(multiprocessors, stream));
 }
 
@@ -65,20 +65,20 @@ void cross_entropy_backward(Address dlosses, int64_t dlosses_stride, Address dls
                             int64_t dinput_stride, int dtype, int multiprocessors, int device,
                             Address stream) {
   const DeviceGuard guard(device);
-  const BackwardArgs args{problem(input, target, probabilities, weight, rows, row_stride, classes,
-                                  ignore_index, wide_probabilities, smoothing, z_loss, softcap,
-                                  logit_scale),
-                          pointer<float>(dlosses),
-                          pointer<float>(dlse),
-                          dlosses_stride,
-                          dlse_stride,
-                          pointer<float>(lse),
-                          pointer<float>(lse) + rows,
-                          nullptr,
-                          pointer<float>(total_weight),
-                          pointer(dinput),
-                          dinput_stride,
-                          0};
+  const BackwardArgs args{
+      problem(input, target, probabilities, weight, rows, row_stride, classes, ignore_index,
+              wide_probabilities, smoothing, z_loss, softcap, logit_scale),
+      pointer<float>(dlosses),
+      pointer<float>(dlse),
+      dlosses_stride,
+      dlse_stride,
+      pointer<float>(lse),
+      pointer<float>(lse) + rows,
+      nullptr,
+      pointer<float>(total_weight),
+      pointer(dinput),
+      dinput_stride,
+      0};
   backward(args, pointer<float>(mass), checked_dtype(dtype), target_of(multiprocessors, stream));
 }
 
