@@ -71,7 +71,7 @@ struct alignas(16) RowGradient {
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     backward_tile_kernel(BackwardArgs a, int tile_rows) {
-  extern __shared__ __align__(kVectorBytes) char memory[];
+  extern __shared__ __align__(kSectorBytes) char memory[];
   const Problem& p = a.problem;
   RowGradient* gradients = reinterpret_cast<RowGradient*>(memory);  // [tile_rows]
   void* elements = memory + tile_rows * sizeof(RowGradient);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     const int rows = static_cast<int>(min(static_cast<int64_t>(tile_rows), p.rows - first));
     const T* from = static_cast<const T*>(p.input) + first * p.classes;
     T* tile = tile_start(from, elements);
-    copy_tile(from, tile, rows * p.classes);
+    fetch_tile(from, tile, rows * p.classes);
     if (thread < rows) gradients[thread] = RowGradient::of(a, first + thread);
     __syncthreads();
     for (int r = threadIdx.y; r < rows; r += blockDim.y) {
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
       });
     }
     __syncthreads();
-    copy_tile(tile, static_cast<T*>(a.dinput) + first * p.classes, rows * p.classes);
+    store_tile(tile, static_cast<T*>(a.dinput) + first * p.classes, rows * p.classes);
     __syncthreads();  // the next tile goes where this one is
   }
 }
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) backward_rows_kernel(
             from_float<T>(gradient.of_element(p, to_float(part.at[i]), share[i], column + i));
       }
       if (alike) {
-        part.store(dx + column);
+        store_global(part, dx + column);
       } else {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) dx[column + i] = part.at[i];

@@ -23,9 +23,9 @@ struct ForwardArgs {
 };
 
 // What becomes of a row whose state is complete.
-__device__ __forceinline__ void finish(const ForwardArgs& a, int64_t row, const RowState& state) {
+__device__ __forceinline__ void finish(const ForwardArgs& a, int64_t row, Label label,
+                                       const RowState& state) {
   const Problem& p = a.problem;
-  const Label label = p.label_of(row);
   const float top = isinf(state.max) ? NAN : state.max;
   const float log_sum = logf(state.sum);
   const float lse = top + log_sum;
@@ -52,7 +52,7 @@ __device__ __forceinline__ void finish(const ForwardArgs& a, int64_t row, const 
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     forward_tile_kernel(ForwardArgs a, int tile_rows) {
-  extern __shared__ __align__(kVectorBytes) char memory[];
+  extern __shared__ __align__(kSectorBytes) char memory[];
   const Problem& p = a.problem;
   RowState* states = reinterpret_cast<RowState*>(memory);  // [tile_rows]
   void* elements = states + tile_rows;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     const int rows = static_cast<int>(min(static_cast<int64_t>(tile_rows), p.rows - first));
     const T* from = static_cast<const T*>(p.input) + first * p.classes;
     T* tile = tile_start(from, elements);
-    copy_tile(from, tile, rows * p.classes);
+    fetch_tile(from, tile, rows * p.classes);
     __syncthreads();
     // Equal rounds for all threads: merged_lanes needs whole warps.
     for (int r = threadIdx.y; r - static_cast<int>(threadIdx.y) < rows; r += blockDim.y) {
@@ -87,9 +87,11 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     __syncthreads();
     if (thread < rows) {
       RowState state = states[thread];
-      const int target = p.label_of(first + thread).column;
-      if (target != kNoClass) state.logit = p.logit(to_float(tile[thread * p.classes + target]));
-      finish(a, first + thread, state);
+      const Label label = p.label_of(first + thread);
+      if (label.column != kNoClass) {
+        state.logit = p.logit(to_float(tile[thread * p.classes + label.column]));
+      }
+      finish(a, first + thread, label, state);
     }
     __syncthreads();  // the next tile goes where this one is
   }
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) forward_rows_kernel(F
     }
     if (threadIdx.x != 0 || row >= p.rows) continue;
     if (a.parts == nullptr) {
-      finish(a, row, state);
+      finish(a, row, p.label_of(row), state);
     } else {
       a.parts[row * gridDim.y + blockIdx.y] = state;
     }
@@ -150,7 +152,7 @@ __global__ void __launch_bounds__(kWarp) merge_parts_kernel(ForwardArgs a, int p
     state = merged(state, a.parts[row * parts + part]);
   }
   state = merged_lanes(state, kWarp);
-  if (threadIdx.x == 0) finish(a, row, state);
+  if (threadIdx.x == 0) finish(a, row, a.problem.label_of(row), state);
 }
 
 }  // namespace kernels::cross_entropy

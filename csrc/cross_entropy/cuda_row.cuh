@@ -15,8 +15,9 @@
 
 namespace kernels::cross_entropy {
 
-constexpr int kNoClass = -1;     // no target that counts, or no column
-constexpr int kSweepItems = 16;  // elements of a thread that are on their way at a time
+constexpr int kSectorBytes = 32;  // what memory is moved in
+constexpr int kNoClass = -1;      // no target that counts, or no column
+constexpr int kSweepItems = 16;   // elements of a thread that are on their way at a time
 
 struct Label {
   int column;  // kNoClass where it is ignored or wrong, and with probabilities
@@ -103,15 +104,40 @@ __device__ __forceinline__ void load_shares(const Problem& p, int64_t row, int c
   }
 }
 
-// [begin, end) of a row: single elements up to its first 128-bit boundary, whole vectors, the rest.
+// One store to shared or to global memory, even where the compiler would take the vector apart: it
+// does so with those that are loaded in batches, and where a branch beside stores single elements.
+template <typename T, int kCount>
+__device__ __forceinline__ void store_shared(const Vec<T, kCount>& part, T* to) {
+  if constexpr (sizeof(part) == kVectorBytes) {
+    uint4 word = reinterpret_cast<const uint4&>(part);
+    asm("" : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w));
+    *reinterpret_cast<uint4*>(to) = word;
+  } else {
+    part.store(to);
+  }
+}
+template <typename T, int kCount>
+__device__ __forceinline__ void store_global(const Vec<T, kCount>& part, T* to) {
+  if constexpr (sizeof(part) == kVectorBytes) {
+    __stwb(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4&>(part));
+  } else {
+    part.store(to);
+  }
+}
+
+// [begin, end) of a row: single elements up to its first sector of memory, whole vectors, the rest.
+// Vectors from a boundary of 16 bytes on would do, but a warp's would touch 17 sectors in place
+// of 16.
 template <typename T>
 struct Pieces {
   static constexpr int kVec = kVectorBytes / static_cast<int>(sizeof(T));
+  static constexpr int kSector = kSectorBytes / static_cast<int>(sizeof(T));
   int begin, end, head, vectors;
 
   __device__ __forceinline__ Pieces(const T* row, int begin, int end) : begin(begin), end(end) {
-    const int past = static_cast<int>(reinterpret_cast<uintptr_t>(row + begin) / sizeof(T) % kVec);
-    head = min((kVec - past) % kVec, end - begin);
+    const uintptr_t address = reinterpret_cast<uintptr_t>(row + begin);
+    const int past = static_cast<int>(address / sizeof(T) % kSector);
+    head = min((kSector - past) % kSector, end - begin);
     vectors = (end - begin - head) / kVec;
   }
   __device__ __forceinline__ int vector(int v) const { return begin + head + v * kVec; }
@@ -122,7 +148,7 @@ struct Pieces {
 };
 
 // Calls f(Vec of neighbours, column of the first) for [begin, end) of `row`, spread over `threads`
-// threads, at least 2 kVec; several loads of a thread are on their way at a time.
+// threads, at least 32; several loads of a thread are on their way at a time.
 template <typename T, typename F>
 __device__ __forceinline__ void sweep(const T* row, int begin, int end, int thread, int threads,
                                       F&& f) {

@@ -8,7 +8,7 @@ namespace kernels::cross_entropy {
 
 constexpr int kTileThreads = 256;
 constexpr int kTileBlocks = 4;           // of those that a multiprocessor holds
-constexpr int64_t kTileRowBytes = 4096;  // longer rows are worth the few sectors of their own ends
+constexpr int64_t kTileRowBytes = 5120;  // longer rows are worth the few sectors of their own ends
 constexpr int64_t kTileBytes = 16384;    // aimed at; rows of more than 2048 bytes come by eight
 constexpr int kTileItems = 4;            // elements that a lane takes together
 
@@ -32,20 +32,28 @@ inline Tile plan_tile(int64_t rows, int classes, int element_bytes, int multipro
 // Where element 0 of a tile lies in shared memory: as far from a boundary as in global memory.
 template <typename T>
 __device__ __forceinline__ T* tile_start(const T* global, void* shared) {
-  constexpr int kVec = kVectorBytes / static_cast<int>(sizeof(T));
-  return static_cast<T*>(shared) + reinterpret_cast<uintptr_t>(global) / sizeof(T) % kVec;
+  return static_cast<T*>(shared) +
+         reinterpret_cast<uintptr_t>(global) / sizeof(T) % Pieces<T>::kSector;
 }
 
+// The elements of a tile from global to shared memory, or back.
 template <typename T>
-__device__ __forceinline__ void copy_tile(const T* from, T* to, int count) {
+__device__ __forceinline__ void fetch_tile(const T* global, T* tile, int count) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-  sweep(from, 0, count, thread, kTileThreads, [&](auto part, int at) { part.store(to + at); });
+  sweep(global, 0, count, thread, kTileThreads,
+        [&](auto part, int at) { store_shared(part, tile + at); });
+}
+template <typename T>
+__device__ __forceinline__ void store_tile(const T* tile, T* global, int count) {
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  sweep(tile, 0, count, thread, kTileThreads,
+        [&](auto part, int at) { store_global(part, global + at); });
 }
 
 // Bytes of shared memory: the tile wherever it starts, then `per_row` bytes for each row.
 inline size_t tile_bytes(Tile tile, int classes, int element_bytes, size_t per_row) {
   const int64_t elements = int64_t{tile.rows} * classes * element_bytes;
-  return ceil_div(elements, kVectorBytes) * kVectorBytes + kVectorBytes + tile.rows * per_row;
+  return ceil_div(elements, kSectorBytes) * kSectorBytes + kSectorBytes + tile.rows * per_row;
 }
 
 // The columns that this lane takes of a row, kTileItems at a time: f(int (&columns)[kTileItems]),

@@ -1,4 +1,4 @@
-"""Cross-entropy in CUDA C++ (csrc/cross_entropy/cuda.cuh): checks, allocation, one call each way."""
+"""Cross-entropy in CUDA C++ (csrc/cross_entropy/cuda.cuh): allocation, one call each way."""
 
 from __future__ import annotations
 
