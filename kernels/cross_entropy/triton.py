@@ -61,7 +61,8 @@ def _forward_tile_kernel(
     top = tl.max(x, 1)
     base = row_code.base_of(top)
     total = tl.sum(tl.exp(x - base[:, None]), 1)
-    logit, cost, mass, best = top, top, top, top  # not read unless they are set below
+    target = row  # this and the next four are not read unless they are set below
+    logit, cost, mass, best = top, top, top, top
     if not PROBABILITIES:
         target = tl.load(target_ptr + row, mask=mask_m, other=-1)
         logit = tl.sum(tl.where(column == target[:, None], x, 0.0), 1)
@@ -94,7 +95,7 @@ def _forward_tile_kernel(
         mass,
         logit,
         best,
-        target_ptr,
+        target,
         weight_ptr,
         losses_ptr,
         lse_ptr,
@@ -117,8 +118,8 @@ def _forward_rows_kernel(
     x_ptr,  # [rows, classes]
     target_ptr,  # [rows], or [rows, classes] with PROBABILITIES
     weight_ptr,  # [classes]
-    states_ptr,  # [4, rows, parts] float32: top, total, cost, mass
-    ranks_ptr,  # [2, rows, parts] int32: key and column of the best
+    states_ptr,  # [2, rows, parts, 2] float32: (top, total), (cost, mass)
+    ranks_ptr,  # [rows, parts, 2] int32: key and column of the best
     rows,
     classes,
     stride,
@@ -221,20 +222,21 @@ def _forward_rows_kernel(
     all_top = tl.maximum(tl.max(top, 0), end_top)
     base = row_code.base_of(all_top)
     all_total = tl.sum(total * tl.exp(top - base), 0) + end_total * tl.exp(end_top - base)
-    states, place = rows.to(tl.int64) * parts, row * parts + tl.program_id(1)
+    place = (row * parts + tl.program_id(1)) * 2
     tl.store(states_ptr + place, all_top)
-    tl.store(states_ptr + states + place, all_total)
+    tl.store(states_ptr + place + 1, all_total)
     if SHARED:
         end_cost += end_mass * (base - end_base)
         all_cost = tl.sum(cost + mass * (base - row_code.base_of(top)), 0) + end_cost
-        tl.store(states_ptr + 2 * states + place, all_cost)
-        tl.store(states_ptr + 3 * states + place, tl.sum(mass, 0) + end_mass)
+        place_of_costs = place + rows.to(tl.int64) * parts * 2
+        tl.store(states_ptr + place_of_costs, all_cost)
+        tl.store(states_ptr + place_of_costs + 1, tl.sum(mass, 0) + end_mass)
     if STATS:
         all_key = tl.maximum(tl.max(best_key, 0), end_key)
         all_best = tl.min(tl.where(best_key == all_key, best, row_code.NO_COLUMN), 0)
         all_best = tl.minimum(all_best, tl.where(end_key == all_key, end_best, row_code.NO_COLUMN))
         tl.store(ranks_ptr + place, all_key)
-        tl.store(ranks_ptr + states + place, begin + all_best)
+        tl.store(ranks_ptr + place + 1, begin + all_best)
 
 
 def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, *_: object) -> str | None:
@@ -289,8 +291,8 @@ def forward(
             )
             return results
         sweep = plan.sweep(input)
-        states = new(4, rows, sweep.parts)
-        ranks = new(2, rows, sweep.parts, dtype=torch.int32) if stats else None
+        states = new(2, rows, sweep.parts, 2)
+        ranks = new(rows, sweep.parts, 2, dtype=torch.int32) if stats else None
         _forward_rows_kernel[(rows, sweep.parts)](
             input,
             target,

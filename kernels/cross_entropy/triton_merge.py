@@ -14,8 +14,8 @@ def merge_kernel(
     x_ptr,  # [rows, classes]
     target_ptr,  # [rows]
     weight_ptr,  # [classes]
-    states_ptr,  # [4, rows, parts] float32, as _forward_rows_kernel left them
-    ranks_ptr,  # [2, rows, parts] int32
+    states_ptr,  # [2, rows, parts, 2] float32, as _forward_rows_kernel left them
+    ranks_ptr,  # [rows, parts, 2] int32
     losses_ptr,  # [rows]
     lse_ptr,  # [2, rows]
     log_prob_ptr,  # [rows]
@@ -42,26 +42,28 @@ def merge_kernel(
     mask_m = row < rows
     part = tl.arange(0, BLOCK_PARTS)[None, :]
     mask = mask_m[:, None] & (part < parts)  # [BLOCK_M, BLOCK_PARTS]
-    states, place = rows.to(tl.int64) * parts, row[:, None] * parts + part
+    place = (row[:, None] * parts + part) * 2
     tops = tl.load(states_ptr + place, mask=mask, other=float("-inf"))
-    totals = tl.load(states_ptr + states + place, mask=mask, other=0.0)
+    totals = tl.load(states_ptr + place + 1, mask=mask, other=0.0)
     top = tl.max(tops, 1)
     base = row_code.base_of(top)[:, None]
     total = tl.sum(totals * tl.exp(tops - base), 1)
-    logit, cost, mass, best = top, top, top, top  # not read unless they are set below
+    target = row  # this and the next four are not read unless they are set below
+    logit, cost, mass, best = top, top, top, top
     if not PROBABILITIES:
         target = tl.load(target_ptr + row, mask=mask_m, other=-1)
         there = (target >= 0) & (target < classes) & (target != ignore_index)
         raw = tl.load(x_ptr + row * stride + target, mask=there, other=0.0)
         logit = row_code.logits(raw, softcap, logit_scale, SOFTCAP)
     if SHARED:
-        costs = tl.load(states_ptr + 2 * states + place, mask=mask, other=0.0)
-        masses = tl.load(states_ptr + 3 * states + place, mask=mask, other=0.0)
+        place_of_costs = place + rows.to(tl.int64) * parts * 2
+        costs = tl.load(states_ptr + place_of_costs, mask=mask, other=0.0)
+        masses = tl.load(states_ptr + place_of_costs + 1, mask=mask, other=0.0)
         cost = tl.sum(costs + masses * (base - row_code.base_of(tops)), 1)
         mass = tl.sum(masses, 1)
     if STATS:
         key = tl.load(ranks_ptr + place, mask=mask, other=row_code.NO_KEY)
-        column = tl.load(ranks_ptr + states + place, mask=mask, other=row_code.NO_COLUMN)
+        column = tl.load(ranks_ptr + place + 1, mask=mask, other=row_code.NO_COLUMN)
         found = tl.where(key == tl.max(key, 1)[:, None], column, row_code.NO_COLUMN)
         best = tl.min(found, 1)
     row_code.finish(
@@ -73,7 +75,7 @@ def merge_kernel(
         mass,
         logit,
         best,
-        target_ptr,
+        target,
         weight_ptr,
         losses_ptr,
         lse_ptr,

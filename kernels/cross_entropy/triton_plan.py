@@ -13,11 +13,10 @@ from torch import Tensor
 from kernels import _triton
 
 MAX_CLASSES = 2**30  # columns are 32-bit numbers inside a row
-TILE_CLASSES = 2048  # longer rows are swept
-# Without vectors a tile asks for sectors twice where its requests meet; from here on the ends of a
-# swept row cost less.
-TILE_CLASSES_WITHOUT_VECTORS = 256
+# Longer rows are swept: their ends cost less than what all warps of a tile ask for of its rows.
+TILE_CLASSES = 256
 SWEEP_ELEMENTS = 16  # of a thread and a step
+WARP_CLASSES = 2048  # of a swept row, for each of up to 8 warps
 PART_STEPS = 2  # the least that a program takes of a row which several share
 ROW_PROGRAMS = 2  # of swept rows, that a multiprocessor holds at least
 MAX_PARTS = 1024
@@ -29,10 +28,7 @@ TILES = (
     (32, 32, 1),
     (64, 16, 1),
     (128, 8, 1),
-    (256, 4, 1),
-    (512, 4, 2),
-    (1024, 4, 4),
-    (TILE_CLASSES, 4, 8),
+    (TILE_CLASSES, 4, 1),
 )
 
 # Arguments that are no reason to compile again.
@@ -94,17 +90,16 @@ def contiguous_weight(weight: Tensor | None) -> Tensor | None:
 def tile(input: Tensor, *strides: int) -> Tile | None:
     """The tile for short rows, whose starts are `strides` elements apart; None for long ones."""
     classes = input.shape[1]
-    vec = _triton.vector(math.gcd(classes, *strides))
-    limit = TILE_CLASSES if vec >= _triton.VECTOR else TILE_CLASSES_WITHOUT_VECTORS
-    if classes > limit:
+    if classes > TILE_CLASSES:
         return None
+    vec = _triton.vector(math.gcd(classes, *strides))
     block_m, num_warps = _triton.tile(TILES, input, classes, vec)
     return Tile(vec, block_m, triton.next_power_of_2(classes), num_warps)
 
 
 def sweep(input: Tensor) -> Sweep:
     rows, classes = input.shape
-    num_warps = 4 if classes <= 8192 else 8
+    num_warps = min(8, max(1, triton.next_power_of_2(classes) // WARP_CLASSES))
     threads = num_warps * _triton.warp_size(input)
     vec = 16 // input.element_size()
     step = threads * SWEEP_ELEMENTS

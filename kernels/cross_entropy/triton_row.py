@@ -112,7 +112,7 @@ def finish(
     mass,  # sum of k_c
     logit,  # the target's
     best,  # column of the largest
-    target_ptr,
+    target,
     weight_ptr,
     losses_ptr,
     lse_ptr,
@@ -140,7 +140,6 @@ def finish(
     if SHARED:
         loss += cost + mass * log_total
     if not PROBABILITIES:
-        target = tl.load(target_ptr + row, mask=mask, other=0)
         ignored = target == ignore_index
         there = (target >= 0) & (target < classes)
         # Not logit - lse, which would show the rounding of lse in the loss of a sure row.
