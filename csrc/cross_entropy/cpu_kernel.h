@@ -20,11 +20,13 @@ constexpr float kSlack = 8.f;  // exp(8) * 2^20 classes is far from overflow
 // ---- what is done to a logit first ----
 
 struct Plain {
+  static constexpr bool kIdentity = true;
   vf operator()(vf x) const { return x; }
   vf slope(vf) const { return set1(1.f); }
 };
 
 struct Transformed {
+  static constexpr bool kIdentity = false;
   float scale, cap;  // cap 0: none
   vf operator()(vf x) const {
     x *= scale;
@@ -36,14 +38,14 @@ struct Transformed {
   }
 };
 
-// ---- the weights q'_c w_c of a loss that counts every class: kUsed, and q w at i ----
+// ---- the weights k_c = q'_c w_c of a loss that counts every class ----
 
 struct NoTerm {
-  static constexpr bool kUsed = false;
+  static constexpr bool kUsed = false, kPerRow = false;
 };
 
 struct Uniform {  // label smoothing of class indices: `share` of every class
-  static constexpr bool kUsed = true;
+  static constexpr bool kUsed = true, kPerRow = false;
   const float* weight;
   float share;
   template <class Lanes>
@@ -54,7 +56,7 @@ struct Uniform {  // label smoothing of class indices: `share` of every class
 
 template <class Q>
 struct Probabilities {
-  static constexpr bool kUsed = true;
+  static constexpr bool kUsed = true, kPerRow = true;
   const Q* q;  // the row's
   const float* weight;
   float keep, share;  // q' = keep * q + share
@@ -76,9 +78,9 @@ SIMD_INLINE float exp_one(float x) { return exp(set1(x))[0]; }
 
 // Sums over some classes c of a row; all zero, and `top` -inf, for no classes.
 struct Partial {
-  float top;                         // the reference, at most kSlack below the largest logit
-  float sum;                         // of exp(x_c - top)
-  double weights, weighted;          // of k_c = q'_c w_c, and of k_c x_c
+  float top;                 // the reference, at most kSlack below the largest logit
+  double sum;                // of exp(x_c - top)
+  double weights, weighted;  // of k_c = q'_c w_c, and of k_c x_c
 };
 
 struct Largest {
@@ -113,11 +115,11 @@ SIMD_INLINE void add_block(Partial& p, const T* x, int64_t n, int64_t first, Tra
     });
     const float largest = max_lane(max(top[0], top[1]));
     if (largest > p.top + kSlack) {
-      p.sum *= exp_one(p.top - largest);
+      p.sum *= double(exp_one(p.top - largest));
       p.top = largest;
       continue;
     }
-    p.sum += Accumulator::total(sum);
+    p.sum += double(Accumulator::total(sum));
     if constexpr (Term::kUsed) {  // from L1
       Accumulator weights, weighted;
       for_each_vector(n, [&](int64_t i, auto lanes, int u) {
@@ -136,7 +138,7 @@ SIMD_INLINE void add_block(Partial& p, const T* x, int64_t n, int64_t first, Tra
 // Classes begin to begin + n of the row x.
 template <class T, class Transform, class Term>
 Partial row_partial(const T* x, int64_t begin, int64_t n, Transform transform, Term term) {
-  Partial p{-INFINITY, 0.f, 0.0, 0.0};
+  Partial p{-INFINITY, 0.0, 0.0, 0.0};
   for (int64_t b = begin; b < begin + n; b += kBlock) {
     const int64_t rest = begin + n - b;
     add_block(p, x + b, rest < kBlock ? rest : kBlock, b, transform, term);
@@ -148,7 +150,8 @@ Partial row_partial(const T* x, int64_t begin, int64_t n, Transform transform, T
 SIMD_INLINE void combine(Partial& p, const Partial& next) {
   const float top = next.top > p.top ? next.top : p.top;
   auto scaled = [&](const Partial& part) {  // a part of nothing but -inf adds 0, or NaN
-    return part.top == top || part.top == -INFINITY ? part.sum : part.sum * exp_one(part.top - top);
+    return part.top == top || part.top == -INFINITY ? part.sum
+                                                    : part.sum * double(exp_one(part.top - top));
   };
   p = {top, scaled(p) + scaled(next), p.weights + next.weights, p.weighted + next.weighted};
 }
@@ -181,7 +184,7 @@ Largest row_largest(const T* x, int64_t begin, int64_t n, float sign) {
 
 // ---- backward ----
 
-// dx_c = (slope * exp(x'_c - lse) - k_c) * dx'/dx, with k_c = 0 without a term.
+// dx_c = (slope * exp(x'_c - lse) - k_c - on_c) * dx'/dx; on_c is 0 but for the target's class.
 struct Gradient {
   float lse, rest;  // the two parts of lse
   float slope;
@@ -193,6 +196,17 @@ SIMD_INLINE vf gradient_at(vf x, const Gradient& g, Transform transform, Term te
   const vf y = transform(x);
   vf d = exp((y - g.lse) - g.rest) * g.slope;
   if constexpr (Term::kUsed) d -= term(i, lanes);
+  return d * transform.slope(y);
+}
+
+// The same for the target's class, in lane 0: a probability near 1 cancels against `on`.
+template <class Transform, class Term>
+SIMD_INLINE vf gradient_at_target(vf x, const Gradient& g, Transform transform, Term term,
+                                  int64_t target, float on) {
+  const vf y = transform(x);
+  vf d = set1(g.slope - on);
+  if constexpr (Term::kUsed) d -= term(target, Tail{1});
+  d += exp_minus_1((y - g.lse) - g.rest) * g.slope;
   return d * transform.slope(y);
 }
 

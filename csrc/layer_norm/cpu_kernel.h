@@ -8,20 +8,6 @@
 
 namespace kernels::ISA::layer_norm {
 
-// Writes past the cache where asked; a tail always goes through it.
-template <bool Stream, class T>
-SIMD_INLINE void write(T* p, vf x, Full) {
-  if constexpr (Stream) {
-    stream(p, x);
-  } else {
-    store(p, x);
-  }
-}
-template <bool Stream, class T>
-SIMD_INLINE void write(T* p, vf x, Tail t) {
-  store(p, x, t);
-}
-
 // Converts n values of T to float.
 template <class T>
 SIMD_INLINE void to_float(const T* from, float* to, int64_t n) {

@@ -30,10 +30,7 @@ def forward(
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if target.is_cpu and type(target) is Tensor and not target.is_floating_point():
-        classes = input.shape[1]
-        wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
-        if wrong.any():
-            raise_out_of_range(target, int(wrong.nonzero()[0]), classes)
+        raise_where_out_of_range(target, input.shape[1], ignore_index)
     return reference.forward(
         input,
         target,
@@ -47,8 +44,12 @@ def forward(
     )
 
 
-def raise_out_of_range(target: Tensor, position: int, classes: int) -> None:
-    raise IndexError(
-        f"cross_entropy: target {int(target[position])} at position {position} is out of range: "
-        f"accepted are 0 to {classes - 1} and ignore_index"
-    )
+def raise_where_out_of_range(target: Tensor, classes: int, ignore_index: int) -> None:
+    """IndexError for the first target that is neither a class nor ignored."""
+    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if wrong.any():
+        position = int(wrong.nonzero()[0])
+        raise IndexError(
+            f"cross_entropy: target {int(target[position])} at position {position} is out of "
+            f"range: accepted are 0 to {classes - 1} and ignore_index"
+        )

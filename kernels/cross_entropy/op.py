@@ -221,9 +221,9 @@ def result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.
 def make_stats(rows: RowResults, targets: Tensor, positions: tuple[int, ...]) -> CrossEntropyStats:
     assert rows.lse is not None
     lse = rows.lse.reshape(positions)
-    if rows.log_prob is None:
+    if rows.log_prob is None or rows.best is None:
         return CrossEntropyStats(lse, None, None)
-    correct = (rows.best == targets).reshape(positions)
+    correct = torch.eq(rows.best, targets).reshape(positions)
     return CrossEntropyStats(lse, rows.log_prob.reshape(positions), correct)
 
 

@@ -13,10 +13,10 @@ SIMD_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 // NaN stays NaN and exp(-inf) is 0.  Beyond the normal range AVX-512 gives subnormals and inf, the
 // others 0 and about the largest float.
 SIMD_INLINE vf exp(vf x) {
-  constexpr float kLargest = 88.72283f, kSmallest = -87.33654f;
 #if defined(__AVX512F__)
   x = max(set1(-104.f), x);  // scaled by its power of two it is 0; -inf itself would make r NaN
 #else
+  constexpr float kLargest = 88.72283f, kSmallest = -87.33654f;
   const auto underflow = x < kSmallest;
   x = min(set1(kLargest), max(set1(kSmallest), x));
 #endif
@@ -38,6 +38,18 @@ SIMD_INLINE vf exp(vf x) {
   const vf y = (vf)((vu)p + ((vu)shifted << 23));  // the low bits of `shifted` hold n
   return underflow ? vf{} : y;
 #endif
+}
+
+// exp(x) - 1, without the cancellation near 0: there the polynomial is x + x^2 * (...).
+SIMD_INLINE vf exp_minus_1(vf x) {
+  vf p = set1(1.3814584e-3f);
+  p = p * x + 8.3687240e-3f;
+  p = p * x + 4.1668389e-2f;
+  p = p * x + 1.6666521e-1f;
+  p = p * x + 4.9999994e-1f;
+  const vf near = p * x * x + x;
+  const vf size = (vf)((vu)x & 0x7fffffff);
+  return size < 0.3465f ? near : exp(x) - 1.f;
 }
 
 // tanh after Cephes' tanhf (Moshier): an odd polynomial near 0, 1 - 2 / (exp(2 |x|) + 1) elsewhere.

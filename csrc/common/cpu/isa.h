@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cross_entropy/cpu.h"
 #include "layer_norm/cpu.h"
 
 namespace kernels {
@@ -12,6 +13,7 @@ struct InstructionSet {
   const char* name;
   bool (*supported)();  // by the machine this runs on
   const layer_norm::CpuKernels* layer_norm;
+  const cross_entropy::CpuKernels* cross_entropy;
 };
 
 #if defined(__x86_64__)
@@ -30,15 +32,17 @@ inline bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("a
 // Best first.
 inline constexpr InstructionSet kInstructionSets[] = {
 #ifdef KERNELS_HAVE_AVX512_BF16
-    {"avx512_bf16", has_avx512_bf16, &avx512_bf16::layer_norm_kernels},
+    {"avx512_bf16", has_avx512_bf16, &avx512_bf16::layer_norm_kernels,
+     &avx512_bf16::cross_entropy_kernels},
 #endif
 #ifdef KERNELS_HAVE_AVX512
-    {"avx512", has_avx512, &avx512::layer_norm_kernels},
+    {"avx512", has_avx512, &avx512::layer_norm_kernels, &avx512::cross_entropy_kernels},
 #endif
 #ifdef KERNELS_HAVE_AVX2
-    {"avx2", has_avx2, &avx2::layer_norm_kernels},
+    {"avx2", has_avx2, &avx2::layer_norm_kernels, &avx2::cross_entropy_kernels},
 #endif
-    {"baseline", [] { return true; }, &baseline::layer_norm_kernels},
+    {"baseline", [] { return true; }, &baseline::layer_norm_kernels,
+     &baseline::cross_entropy_kernels},
 };
 
 // The one in use: the best supported, until `use_instruction_set` picks another.

@@ -165,6 +165,16 @@ SIMD_INLINE vf zero_past(vf x, int n) {  // keeps the first n lanes
 #endif
 }
 
+SIMD_INLINE vf fill_past(vf x, int n, float fill) {  // the same, the others read as `fill`
+#if defined(__AVX512F__)
+  return (vf)_mm512_mask_mov_ps((__m512)set1(fill), (__mmask16)((1u << n) - 1), (__m512)x);
+#else
+  vf kept = set1(fill);
+  memcpy(&kept, &x, n * sizeof(float));
+  return kept;
+#endif
+}
+
 // Non-temporal stores do not read the line they overwrite; p is aligned to what is written.
 SIMD_INLINE void stream(float* p, vf x) {
 #if defined(__AVX512F__)
@@ -211,6 +221,23 @@ SIMD_INLINE float sum(vf x) {
   return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
+SIMD_INLINE float max_lane(vf x) {  // of lanes that are not NaN
+#if defined(__AVX512F__)
+  __m256 half =
+      _mm256_max_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  __m128 quarter =
+      _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+#else
+  vf quarter = x;
+#endif
+  typedef float Float4 __attribute__((vector_size(16)));
+  Float4 q = (Float4)quarter;
+  const float a = q[0] > q[2] ? q[0] : q[2], b = q[1] > q[3] ? q[1] : q[3];
+  return a > b ? a : b;
+}
+
 // Walking a row: f(i, lane count, unrolled slot) for each vector.  The count is `Full` except for
 // the tail, a type of its own so that tail code is compiled out of the main loop.
 
@@ -250,6 +277,22 @@ SIMD_INLINE void store(T* p, vf x, Tail t) {
 }
 SIMD_INLINE vf zero_past(vf x, Full) { return x; }
 SIMD_INLINE vf zero_past(vf x, Tail t) { return zero_past(x, t.n); }
+SIMD_INLINE vf fill_past(vf x, Full, float) { return x; }
+SIMD_INLINE vf fill_past(vf x, Tail t, float fill) { return fill_past(x, t.n, fill); }
+
+// Writes past the cache where asked; a tail always goes through it.
+template <bool Stream, class T>
+SIMD_INLINE void write(T* p, vf x, Full) {
+  if constexpr (Stream) {
+    stream(p, x);
+  } else {
+    store(p, x);
+  }
+}
+template <bool Stream, class T>
+SIMD_INLINE void write(T* p, vf x, Tail t) {
+  store(p, x, t);
+}
 
 struct Accumulator {  // one partial sum per unrolled slot
   vf slot[kUnroll] = {};

@@ -1,0 +1,274 @@
+"""Linear + cross-entropy over chunks of rows: the logits of one chunk exist at a time.
+
+A chunk's logits come from PyTorch's matmul, its losses and, written over the logits, their gradient
+from the row kernels while they are in cache, and two more matmuls carry that gradient on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.cross_entropy.rows import Options, row_losses, select_backend
+
+LOGITS_BYTES = 32 << 20  # of a chunk: smaller ones slow the matmuls down, larger ones gain nothing
+LEAST_ROWS = 128  # with fewer the matmuls wait for memory
+CLASSES_PER_PART = 4096  # of a partial product that is widened and added up while it is in cache
+
+
+class Problem(NamedTuple):
+    """One call: everything but the gradients that come and go."""
+
+    input: Tensor  # [N, K]
+    linear_weight: Tensor  # [C, K]
+    linear_bias: Tensor | None  # [C]
+    target: Tensor  # [N], or probabilities [N, C]
+    weight: Tensor | None  # [C]
+    options: Options
+    chunk_rows: int | None  # None: by size
+
+
+class Losses(NamedTuple):
+    """As a backend's forward returns them."""
+
+    losses: Tensor
+    lse: Tensor
+    log_prob: Tensor | None
+    best: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Of input, linear_weight and linear_bias; None where not asked for."""
+
+    dinput: Tensor | None
+    dlinear_weight: Tensor | None
+    dlinear_bias: Tensor | None
+
+
+def slices(problem: Problem) -> list[slice]:
+    """Equal chunks of rows, but for the last."""
+    rows, classes = problem.input.shape[0], problem.linear_weight.shape[0]
+    limit = problem.chunk_rows or max(
+        LEAST_ROWS, LOGITS_BYTES // (classes * problem.input.dtype.itemsize)
+    )
+    count = -(-rows // limit)
+    size = -(-rows // count) if count else 0
+    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size or 1)]
+
+
+def logits_of_chunks(problem: Problem) -> Iterator[tuple[slice, Tensor]]:
+    """Every chunk and its logits, which the next chunk's will overwrite."""
+    chunks = slices(problem)
+    if not chunks:
+        return
+    x, matrix = problem.input, problem.linear_weight.t()
+    buffer = x.new_empty(chunks[0].stop, matrix.shape[1])
+    for chunk in chunks:
+        logits = buffer[: chunk.stop - chunk.start]
+        if problem.linear_bias is None:
+            torch.mm(x[chunk], matrix, out=logits)
+        else:
+            torch.addmm(problem.linear_bias, x[chunk], matrix, out=logits)
+        yield chunk, logits
+
+
+class GradientSums:
+    """Gradients of all chunks, those of the linear map's parameters summed in float32."""
+
+    def __init__(self, problem: Problem, mask: tuple[bool, ...]) -> None:
+        x, matrix = problem.input, problem.linear_weight
+        self.problem = problem
+        self.chunks = len(slices(problem))
+        self.wide = torch.promote_types(x.dtype, torch.float32)
+        self.dinput = torch.empty_like(x) if mask[0] else None
+        self.sums: Tensor | None = None
+        if mask[1]:
+            # One chunk needs no sum, and two of 16 bits are not rounded on the way.
+            dtype = self.wide if self.chunks > 1 else x.dtype
+            make = torch.empty if self.chunks else torch.zeros
+            self.sums = make(matrix.shape, dtype=dtype, device=x.device)
+        with_bias = mask[2] and problem.linear_bias is not None
+        self.dbias = x.new_zeros(matrix.shape[0], dtype=self.wide) if with_bias else None
+
+    def add(self, chunk: slice, dlogits: Tensor) -> None:
+        x = self.problem.input[chunk]
+        if self.dinput is not None:
+            torch.mm(dlogits, self.problem.linear_weight, out=self.dinput[chunk])
+        if self.sums is not None:
+            self._add_product(dlogits.t(), x, first=chunk.start == 0)
+        if self.dbias is not None:
+            self.dbias += dlogits.sum(0, dtype=self.wide)
+
+    def _add_product(self, left: Tensor, right: Tensor, first: bool) -> None:
+        """sums += left @ right."""
+        sums = self.sums
+        assert sums is not None
+        if sums.dtype == right.dtype:
+            if first:
+                torch.mm(left, right, out=sums)
+            else:
+                sums.addmm_(left, right)
+            return
+        for begin in range(0, left.shape[0], CLASSES_PER_PART):
+            part = slice(begin, begin + CLASSES_PER_PART)
+            product = torch.mm(left[part], right)
+            if first:
+                sums[part] = product
+            else:
+                sums[part] += product.float()
+
+    def result(self) -> Gradients:
+        problem = self.problem
+        sums, dbias = self.sums, self.dbias
+        return Gradients(
+            self.dinput,
+            None if sums is None else sums.to(problem.linear_weight.dtype),
+            None
+            if dbias is None or problem.linear_bias is None
+            else dbias.to(problem.linear_bias.dtype),
+        )
+
+
+def forward(
+    problem: Problem, dlosses: Tensor | None, mask: tuple[bool, ...]
+) -> tuple[Losses, Gradients]:
+    """Losses of all rows and, where `dlosses` (expanded to [N]) is given, the gradients."""
+    sums = GradientSums(problem, mask if dlosses is not None else (False, False, False))
+    parts: list[Losses] = []
+    for chunk, logits in logits_of_chunks(problem):
+        backend, arguments = _ask(problem, chunk, logits)
+        losses = Losses(*backend.forward(*arguments))
+        parts.append(losses)
+        if dlosses is not None:
+            sums.add(chunk, _dlogits(backend, dlosses[chunk], None, arguments, losses.lse))
+    if not parts:
+        empty = problem.input.new_empty
+        none = empty(0, dtype=sums.wide)
+        return Losses(none, none.new_empty(2, 0), none, empty(0, dtype=torch.long)), sums.result()
+    joined = Losses(
+        torch.cat([part.losses for part in parts]),
+        torch.cat([part.lse for part in parts], 1),
+        _cat([part.log_prob for part in parts]),
+        _cat([part.best for part in parts]),
+    )
+    return joined, sums.result()
+
+
+def backward(
+    problem: Problem, dlosses: Tensor, dlse: Tensor | None, lse: Tensor, mask: tuple[bool, ...]
+) -> Gradients:
+    """The gradients, from logits computed once more."""
+    sums = GradientSums(problem, mask)
+    for chunk, logits in logits_of_chunks(problem):
+        backend, arguments = _ask(problem, chunk, logits)
+        part = None if dlse is None else dlse[chunk]
+        kept = lse[:, chunk].contiguous()
+        sums.add(chunk, _dlogits(backend, dlosses[chunk], part, arguments, kept))
+    return sums.result()
+
+
+def _ask(problem: Problem, chunk: slice, logits: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """The backend of a chunk and the arguments of its forward."""
+    arguments = logits, problem.target[chunk], problem.weight
+    backend = select_backend(*arguments, problem.options)
+    return backend, (*arguments, *problem.options)
+
+
+def _dlogits(
+    backend: Any, dlosses: Tensor, dlse: Tensor | None, arguments: tuple[Any, ...], lse: Tensor
+) -> Tensor:
+    """The gradient of a chunk's logits, written over them where the backend can."""
+    inplace = not torch.compiler.is_compiling()
+    dlogits: Tensor = backend.backward(dlosses, dlse, *arguments, lse, (True, False), inplace)[0]
+    return dlogits
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    tensors = [part for part in parts if part is not None]
+    return torch.cat(tensors) if tensors else None
+
+
+class LinearFunction(torch.autograd.Function):
+    """Losses, or where `summed` their sum over `total`, with the gradients then made in forward.
+
+    They are handed out once, scaled in place by the gradient that arrives; a second backward, like
+    that of single losses and of lse, computes the logits again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        total: Tensor,  # scalar
+        options: Options,
+        chunk_rows: int | None,
+        summed: bool,
+    ) -> tuple[Tensor | None, ...]:
+        problem = Problem(input, linear_weight, linear_bias, target, weight, options, chunk_rows)
+        scale = torch.where(total == 0, 0, 1 / total) if summed else torch.ones_like(total)
+        # float16 holds no gradients of 1 / N: there the scale waits for the gradient's.
+        early = input.dtype != torch.float16
+        dlosses = (scale if early else torch.ones_like(scale)).expand(input.shape[0])
+        mask = ctx.needs_input_grad[:3]
+        rows, gradients = forward(problem, dlosses if summed else None, mask)
+        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, scale)
+        ctx.rest = options, chunk_rows, rows.lse, early
+        ctx.gradients = gradients if summed else None
+        ctx.set_materialize_grads(False)
+        log_prob, best = (rows.log_prob, rows.best) if options.stats else (None, None)
+        lse = rows.lse[0].clone() if options.stats else None
+        ctx.mark_non_differentiable(*(x for x in (log_prob, best) if x is not None))
+        return rows.losses.sum() / total if summed else rows.losses, lse, log_prob, best
+
+    @staticmethod
+    def backward(
+        ctx: Any, dloss: Tensor | None, dlse: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        x, linear_weight, linear_bias, target, weight, scale = ctx.saved_tensors
+        options, chunk_rows, lse, early = ctx.rest
+        problem = Problem(x, linear_weight, linear_bias, target, weight, options, chunk_rows)
+        dloss = torch.zeros_like(scale) if dloss is None else dloss
+        dlosses = (dloss * scale).expand(problem.input.shape[0])
+        mask = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            gradients = _differentiable(problem, dlosses, dlse, mask)
+        elif ctx.gradients is None or dlse is not None:
+            gradients = backward(problem, dlosses, dlse, lse, mask)
+        else:
+            gradients = _scaled(ctx, dloss if early else dloss * scale)
+        return (*gradients, None, None, None, None, None, None)
+
+
+def _scaled(ctx: Any, factor: Tensor) -> Gradients:
+    if torch.compiler.is_compiling():  # a compiled backward may run twice on the same gradients
+        return Gradients(*((g * factor).to(g.dtype) if g is not None else g for g in ctx.gradients))
+    gradients: Gradients = ctx.gradients
+    ctx.gradients = None
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.mul_(factor)
+    return gradients
+
+
+def _differentiable(
+    problem: Problem, dlosses: Tensor, dlse: Tensor | None, mask: tuple[bool, ...]
+) -> Gradients:
+    """The gradients by operations that can be differentiated again, on logits stored whole."""
+    logits = F.linear(problem.input, problem.linear_weight, problem.linear_bias)
+    rows = row_losses(logits, problem.target, problem.weight, problem.options, with_lse=True)
+    inputs = (problem.input, problem.linear_weight, problem.linear_bias)
+    wanted = [x for x, asked in zip(inputs, mask, strict=True) if asked and x is not None]
+    outputs, gradients = [rows.losses], [dlosses]
+    if dlse is not None and rows.lse is not None:
+        outputs.append(rows.lse)
+        gradients.append(dlse)
+    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True))
+    return Gradients(*(next(found) if asked else None for asked in mask))
