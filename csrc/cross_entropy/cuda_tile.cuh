@@ -7,7 +7,7 @@
 namespace kernels::cross_entropy {
 
 constexpr int kTileThreads = 256;
-constexpr int kTileBlocks = 4;           // of those that a multiprocessor holds
+constexpr int kTileBlocks = 3;           // of those that a multiprocessor holds
 constexpr int64_t kTileRowBytes = 5120;  // longer rows are worth the few sectors of their own ends
 constexpr int64_t kTileBytes = 16384;    // aimed at; rows of more than 2048 bytes come by eight
 constexpr int kTileItems = 4;            // elements that a lane takes together

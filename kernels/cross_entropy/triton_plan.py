@@ -28,7 +28,7 @@ TILES = (
     (32, 32, 1),
     (64, 16, 1),
     (128, 8, 1),
-    (TILE_CLASSES, 4, 1),
+    (TILE_CLASSES, 2, 1),
 )
 
 # Arguments that are no reason to compile again.
