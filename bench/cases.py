@@ -17,13 +17,15 @@ from kernels import dispatch
 
 @dataclass(frozen=True)
 class Call:
-    """Layer norm of [rows, cols]; weight and bias in the dtype of x, fp32 where `mixed`."""
+    """Of [rows, cols]. Layer norm: weight and bias in the dtype of x, fp32 where `mixed`.
+    Cross-entropy: plain, with every "option", or with "soft" targets, which are fp32."""
 
     op: str
     rows: int
     cols: int
     dtype: torch.dtype
     mixed: bool = False
+    variant: str = ""
 
     @property
     def _types(self) -> str:
@@ -32,7 +34,7 @@ class Call:
 
     @property
     def label(self) -> str:
-        return f"{self._types}, {self.cols}"
+        return ", ".join(filter(None, (self._types, str(self.cols), self.variant)))
 
     @property
     def shape(self) -> str:
@@ -51,7 +53,27 @@ def layer_norm(backend: ModuleType, call: Call) -> Iterator[str]:
     yield "backward"
 
 
-CALLS = {"layer_norm": layer_norm}
+def cross_entropy(backend: ModuleType, call: Call) -> Iterator[str]:
+    """As layer_norm."""
+    generator = torch.Generator().manual_seed(call.rows * 31 + call.cols)
+    logits = torch.randn(call.rows, call.cols, generator=generator).to(call.dtype)
+    target = torch.randint(0, call.cols, (call.rows,), generator=generator)
+    weight, dlse, options = None, None, (-100, 0.0, 0.0, 0.0, 1.0, False)
+    if call.variant:
+        weight = torch.rand(call.cols, generator=generator) + 0.5
+        dlse = torch.randn(call.rows, generator=generator)
+        options = (-100, 0.1, 1e-3, 30.0, 1.0, True)
+    if call.variant == "soft":
+        target = torch.softmax(torch.randn(call.rows, call.cols, generator=generator), 1)
+    losses, lse, *_ = backend.forward(logits, target, weight, *options)
+    yield "forward"
+    dlosses = torch.full((1,), 1 / call.rows).expand(losses.shape)
+    mask = (True, False)
+    backend.backward(dlosses, dlse, logits, target, weight, *options, lse, mask, False)
+    yield "backward"
+
+
+CALLS = {"cross_entropy": cross_entropy, "layer_norm": layer_norm}
 
 
 def run(call: Call, backend: str) -> Iterator[str]:
@@ -65,6 +87,9 @@ def run(call: Call, backend: str) -> Iterator[str]:
 def least_bytes(call: Call, direction: str) -> int:
     """Of the inputs and outputs of an operation, each read or written once."""
     size = call.dtype.itemsize
+    if call.op == "cross_entropy":  # plain: logits; target, losses and lse of every row
+        logits, per_row = call.rows * call.cols * size, call.rows * (8 + 8)
+        return logits + per_row + call.rows * 4 if direction == "forward" else 2 * logits + per_row
     rows, parameter = call.rows * call.cols * size, call.cols * (4 if call.mixed else size)
     statistics = call.rows * 2 * 4
     if direction == "forward":  # x, y; weight, bias
@@ -85,8 +110,20 @@ def _layer_norm_triton() -> list[Call]:
     return found
 
 
+def _cross_entropy_triton() -> list[Call]:
+    from kernels.cross_entropy import triton as backend
+
+    tiles = [row[0] for row in backend.plan.TILES]
+    sweeps = [1000, 3000, 5000, 50257]  # by 1, 2, 4 and 8 warps
+    plain = [(n, torch.bfloat16, "") for n in (*tiles, 65, 255, *sweeps)]
+    plain += [(n, torch.float32, "") for n in (65, 96, 50257)]
+    rest = [(n, torch.bfloat16, "options") for n in (96, 255, 1001, 50257)]
+    rest += [(n, torch.float32, variant) for n in (256, 50257) for variant in ("options", "soft")]
+    return [Call("cross_entropy", 64, n, dtype, variant=name) for n, dtype, name in plain + rest]
+
+
 def triton_calls() -> list[Call]:
-    return _layer_norm_triton()
+    return _cross_entropy_triton() + _layer_norm_triton()
 
 
 _SHAPES = ((64, 1024), (512, 1024), (512, 1000), (2048, 768))
@@ -95,3 +132,10 @@ COUNTED = [
     for dtype in (torch.bfloat16, torch.float32)
     for rows, cols in _SHAPES
 ] + [Call("layer_norm", 512, 1024, torch.bfloat16, mixed=True)]
+# Characters, odd lengths, and the vocabularies of Llama and GPT-2.
+_LOGITS = ((512, 65), (512, 96), (128, 1001), (16, 32000), (16, 50257))
+COUNTED += [
+    Call("cross_entropy", rows, cols, dtype)
+    for dtype in (torch.bfloat16, torch.float32)
+    for rows, cols in _LOGITS
+]

@@ -6,11 +6,13 @@
   namespace kernels::op {                      \
   [[gnu::weak]] void bind(pybind11::module_&); \
   }
-DECLARE_OP(layer_norm)
 DECLARE_OP(attention)
+DECLARE_OP(cross_entropy)
+DECLARE_OP(layer_norm)
 
 PYBIND11_MODULE(_cuda, m) {
-  for (auto* bind : {&kernels::layer_norm::bind, &kernels::attention::bind}) {
+  for (auto* bind :
+       {&kernels::attention::bind, &kernels::cross_entropy::bind, &kernels::layer_norm::bind}) {
     if (bind) bind(m);
   }
 }

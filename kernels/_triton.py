@@ -80,19 +80,22 @@ def _device_warp_size(index: int) -> int:
     return torch.cuda.get_device_properties(index).warp_size
 
 
-def _warp_size(x: torch.Tensor) -> int:
+def warp_size(x: torch.Tensor) -> int:
     if x.device.type == "cpu":
         return getattr(_gpu.stand_in, "warp_size", 32)
     return _device_warp_size(x.device.index)
 
 
+def multiprocessors(x: torch.Tensor) -> int:
+    """Those of the device of `x`; a few in the interpreter."""
+    if x.device.type == "cpu" and _gpu.stand_in is None:
+        return INTERPRETER_MULTIPROCESSORS
+    return _gpu.multiprocessors(x)
+
+
 def wave(x: torch.Tensor, num_warps: int) -> int:
     """Programs of `num_warps` warps that the device of `x` holds at once."""
-    if x.device.type == "cpu" and _gpu.stand_in is None:
-        multiprocessors = INTERPRETER_MULTIPROCESSORS
-    else:
-        multiprocessors = _gpu.multiprocessors(x)
-    return multiprocessors * max(1, WARPS_PER_MULTIPROCESSOR // num_warps)
+    return multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // num_warps)
 
 
 def programs(tiles: int, most: int) -> int:
@@ -119,7 +122,7 @@ def tile(
     """
     block_m, num_warps = next(row[1:] for row in table if cols <= row[0])
     block_m = block_m if vec >= VECTOR else max(1, block_m // 2)
-    return block_m, min(num_warps, MAX_THREADS // _warp_size(x))
+    return block_m, min(num_warps, MAX_THREADS // warp_size(x))
 
 
 def resident(limit: int, cols: int, vec: int) -> bool:

@@ -1,0 +1,81 @@
+"""Values and gradients of the Triton cross-entropy in Triton's interpreter, for TRITON_INTERPRET=1.
+
+The interpreter must be on before the kernels are decorated, so test_triton.py runs this file in a
+process of its own.  Programs are planned as for a GPU with four multiprocessors.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.cross_entropy import triton as backend
+from tests.ptx.cross_entropy_cases import EVERYTHING, PLAIN, SOFT, Options, check, make_logits
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+# One class, powers of two and their neighbours, several tiles; swept rows that are all ends, that
+# have none, and that several programs share.
+SIZES = [
+    (1, 1),
+    (300, 2),
+    (33, 7),
+    (9, 64),
+    (9, 65),
+    (5, 256),
+    (5, 257),
+    (3, 272),
+    (4, 1031),
+    (2, 9001),
+]
+OPTIONS = [
+    PLAIN,
+    EVERYTHING,
+    SOFT,
+    Options(stats=False, label_smoothing=0.2),
+    Options(weighted=True, dlse=True),
+    Options(softcap=4.0, logit_scale=-0.5),
+    Options(inplace=True, ignore_index=3),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("rows", "classes"), SIZES)
+def test_values_and_gradients(rows, classes, dtype):
+    check(backend, make_logits(rows, classes, dtype), PLAIN)
+    check(backend, make_logits(max(rows, 3), classes, dtype), EVERYTHING)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("classes", [67, 300])
+def test_options(options, classes):
+    check(backend, make_logits(6, classes, torch.float32), options)
+
+
+@pytest.mark.parametrize("classes", [65, 300])
+def test_rows_with_gaps(classes):
+    for inplace in (False, True):
+        wide = make_logits(5, classes + 3, torch.float16)
+        check(backend, wide[:, :classes], Options(inplace=inplace, dlse=True))
+
+
+def test_probabilities_of_both_dtypes():
+    for dtype in (torch.float16, torch.float32):
+        options = Options(0.1, weighted=True, probabilities=dtype)
+        check(backend, make_logits(4, 300, torch.float16), options)
+
+
+def test_no_rows():
+    arguments = PLAIN.arguments(torch.empty(0, dtype=torch.int64), None)
+    losses, lse, log_prob, best = backend.forward(torch.empty(0, 5), *arguments)
+    assert [tuple(t.shape) for t in (losses, lse, log_prob, best)] == [(0,), (2, 0), (0,), (0,)]
+    dinput, _ = backend.backward(
+        torch.empty(0), None, torch.empty(0, 5), *arguments, lse, (True, False), False
+    )
+    assert dinput.shape == (0, 5)
+
+
+def test_refused_in_the_interpreter():
+    rest = (torch.tensor([1, 2]), None, -100, 0.0, 0.0, 0.0, 1.0, False)
+    assert "bfloat16" in backend.unsupported(torch.randn(2, 8).bfloat16(), *rest)
+    assert "float64" in backend.unsupported(torch.randn(2, 8).double(), *rest)
