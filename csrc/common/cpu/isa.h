@@ -34,12 +34,6 @@ inline bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("a
 #define KERNELS_OF(isa) \
   &isa::layer_norm_kernels, &isa::attention_kernels, &isa::cross_entropy_kernels
 
-#define KERNELS_OF(isa) \
-  &isa::layer_norm_kernels, &isa::attention_kernels, &isa::cross_entropy_kernels
-
-#define KERNELS_OF(isa) \
-  &isa::layer_norm_kernels, &isa::attention_kernels, &isa::cross_entropy_kernels
-
 // Best first.
 inline constexpr InstructionSet kInstructionSets[] = {
 #ifdef KERNELS_HAVE_AVX512_BF16
@@ -53,8 +47,6 @@ inline constexpr InstructionSet kInstructionSets[] = {
 #endif
     {"baseline", [] { return true; }, KERNELS_OF(baseline)},
 };
-#undef KERNELS_OF
-#undef KERNELS_OF
 #undef KERNELS_OF
 
 // The one in use: the best supported, until `use_instruction_set` picks another.
