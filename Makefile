@@ -12,7 +12,7 @@ GATES_FLAGS ?=
 MUTATE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo test test-install bench gates mutate lint format clean
+.PHONY: help bootstrap demo test sweep test-install bench gates mutate lint format clean
 MAKEFLAGS += --no-print-directory
 
 help: ## this list
@@ -28,6 +28,9 @@ demo: bootstrap ## check the kernels, then train a GPT with and without them
 
 test: bootstrap ## all tests but the slow ones
 	@$(PYTHON_IN_VENV) -m pytest tests --benchmark-disable $(TEST_FLAGS)
+
+sweep: bootstrap ## GPU kernels on the executor: every case, architecture and schedule; long
+	@$(PYTHON_IN_VENV) -m pytest tests -m sweep --benchmark-disable $(TEST_FLAGS)
 
 test-install: bootstrap ## the slow tests: installs into fresh environments, needs a package index
 	@$(PYTHON_IN_VENV) -m pytest tests -m slow --benchmark-disable

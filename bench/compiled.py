@@ -1,6 +1,6 @@
 """What the compilers make of every kernel: registers, spills, shared memory, blocks, instructions.
 
-CUDA: csrc/module_cuda.cu with the package's own flags, one cubin per target, cached by contents.
+CUDA: csrc/<op>/module_cuda.cu with the package's own flags, a cubin per target, cached by contents.
 Triton: the kernels that the calls of cases.py launch, compiled without a GPU by Triton itself.
 Nothing here runs.
 """
@@ -23,7 +23,6 @@ from bench.loops import innermost_loops
 from ptx import build, occupancy
 from ptx.machine_code import MachineCode, count_ptx_instructions, cuobjdump
 
-SOURCE = build.CSRC / "module_cuda.cu"
 CUDA_TARGETS = ("80", "86", "89", "90a", "100a", "120a")
 SIMDS = 4  # of an AMD compute unit
 
@@ -31,9 +30,9 @@ Row = dict[str, float]
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------
-def _cubin(target: str) -> Path:
-    """The package's CUDA module as machine code for one target."""
-    return build.nvcc_cubin(SOURCE, f"sm_{target}")
+def _cubin(source: Path, target: str) -> Path:
+    """The kernels of one op as machine code for one target."""
+    return build.nvcc_cubin(source, f"sm_{target}")
 
 
 def _version(nvcc: str) -> str:
@@ -77,11 +76,11 @@ def _machine_code(
 
 def cuda() -> dict[str, dict[str, Row]]:
     """ "cuda sm_80" -> short kernel name -> row."""
-    if not list(build.CSRC.rglob("*.cu")):
-        return {}
 
     def measure(target: str) -> dict[str, Row]:
-        rows = _machine_code(_cubin(target), target)
+        rows: dict[str, Row] = {}
+        for source in build.op_sources().values():
+            rows |= _machine_code(_cubin(source, target), target)
         names = sass.demangled(list(rows))
         return {names[name]: row for name, row in rows.items()}
 
@@ -95,11 +94,14 @@ def cuda() -> dict[str, dict[str, Row]]:
 @functools.cache
 def cuda_code(kernel: str, arch: str) -> MachineCode:
     """What the time model asks of a kernel of the package, by its mangled name."""
-    cubin = _cubin(arch.removeprefix("sm_"))
+    source = next(
+        file for file in build.op_sources().values() if kernel in build.kernel_names(file, arch)
+    )
+    cubin = _cubin(source, arch.removeprefix("sm_"))
     usage = _tool_output("-res-usage", cubin)
     resources = sass.resources(usage)[kernel]
     code = sass.functions(_tool_output("-sass", cubin))[kernel]
-    text = build.kernel_ptx(SOURCE, arch, kernel)
+    text = build.kernel_ptx(source, arch, kernel)
     return MachineCode(
         registers=resources.registers,
         stack=resources.stack,

@@ -143,7 +143,7 @@ class Operators:
     backward: Callable[..., tuple[Any, ...]]
 
 
-def define(op: str, forward: str, backward: str) -> Callable[..., Any]:
+def define(op: str, forward: str, backward: str, gradients: int = 1) -> Callable[..., Any]:
     """Register `torch.ops.kernels.<op>_forward` and `_backward` with these schemas.
 
     Returns `choose(*forward arguments)`: what runs a call and its backward, an object with
@@ -152,12 +152,13 @@ def define(op: str, forward: str, backward: str) -> Callable[..., Any]:
 
     The reference is the ops' shape rule under fake tensors, so the two cannot drift apart.  A
     backend returns None for an output that was not asked for; a registered op, whose outputs must
-    be tensors, returns an empty one.  A backward takes (dy, *the forward's tensors, *what it
-    saved); backends are asked about the forward's part.
+    be tensors, returns an empty one.  A backward takes (*the gradients of the outputs, as many as
+    `gradients` says, *the forward's tensors, *what it saved); backends are asked about the
+    forward's part.
     """
     operators = Operators(
         _register(op, "forward", forward, first_argument=0),
-        _register(op, "backward", backward, first_argument=1),
+        _register(op, "backward", backward, first_argument=gradients),
     )
 
     compiling, modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack

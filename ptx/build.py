@@ -46,6 +46,11 @@ def _run(command: Sequence[str | Path]) -> str:
     return done.stdout
 
 
+def op_sources() -> dict[str, Path]:
+    """The CUDA source of every op: its kernels and their entry points."""
+    return {file.parent.name: file for file in sorted(CSRC.glob("*/module_cuda.cu"))}
+
+
 def cxx() -> list[str]:
     return shlex.split(os.environ.get("CXX") or "g++")
 
@@ -195,8 +200,10 @@ def _runtime_object(source: Path) -> Path:
     return cached(f"{source.stem}-{key}", make) / "object.o"
 
 
-def host_library(source: Path, name: str) -> Path:
+def host_library(source: Path, name: str, *others: Path) -> Path:
     """The host code of `source`, linked with the stand-in CUDA runtime library, as `name`.
+
+    `others` are C++ sources to link with it.
 
     Its device code is never run, so that is compiled without optimisation: in half the time.
     """
@@ -207,7 +214,8 @@ def host_library(source: Path, name: str) -> Path:
     host = _nvcc(source, "host.o", [*flags, *target, *compiled, "-fPIC"])
     # Hidden, so that it is taken even where the process has the real library loaded.
     options = ["-std=c++20", "-O2", *compiled, "-fPIC,-fvisibility=hidden"]
-    stand_in = [_nvcc(file, f"{file.stem}.o", options) for file in sorted(CUDART.glob("*.cpp"))]
+    files = [*others, *sorted(CUDART.glob("*.cpp"))]
+    stand_in = [_nvcc(file, f"{file.stem}.o", options) for file in files]
 
     def make(folder: Path) -> None:
         _run([*cxx(), "-shared", "-o", folder / name, host, *stand_in])

@@ -59,9 +59,9 @@ class _Device(ctypes.Structure):
 class HostCode:
     """The host code of one CUDA source, in this process, and the way to its kernels."""
 
-    def __init__(self, source: Path, name: str) -> None:
+    def __init__(self, source: Path, name: str, *others: Path) -> None:
         self.source = source.resolve()
-        self.path = build.host_library(self.source, name)
+        self.path = build.host_library(self.source, name, *others)
         Executor.instance()  # has what the stand-in library calls
         self.library = ctypes.CDLL(str(self.path))
         self._callbacks = _Find(self._find), _Launch(self._launch), _Refuse(self._refuse)
@@ -132,8 +132,8 @@ def _answer(launch: Launch) -> int:
 
 
 @functools.cache
-def _host_code(source: Path, name: str) -> HostCode:
-    return HostCode(source, name)
+def _host_code(source: Path, name: str, *others: Path) -> HostCode:
+    return HostCode(source, name, *others)
 
 
 @functools.cache
@@ -149,15 +149,20 @@ def _package_module(path: Path) -> Any:
 
 
 class PackageModule:
-    """What kernels._native.cuda is during a session: the same functions, run on the executor."""
+    """What kernels._native.cuda is during a session: the same functions, run on the executor.
 
-    SOURCE = build.CSRC / "module_cuda.cu"
+    Every op is a module of its own here, so that a change of one op compiles no other again.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        code = _host_code(self.SOURCE, "_cuda.so")
+        sources = build.op_sources().items()
+        source = next((file for op, file in sources if name.startswith(f"{op}_")), None)
+        if source is None:
+            raise AttributeError(f"no op of csrc/ has a CUDA entry point {name!r}")
+        code = _host_code(source, "_cuda.so", build.CSRC / "module_cuda.cpp")
         code.attach(self._session)
         function = getattr(_package_module(code.path), name)
 

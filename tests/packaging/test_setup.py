@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,10 +143,12 @@ def test_nvcc_is_found_where_it_may_be(
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = copy_project(tmp_path_factory.mktemp("tiny"))
     shutil.rmtree(project / "csrc")
-    (project / "csrc" / "layer_norm").mkdir(parents=True)
+    listed = re.findall(r"csrc/\S+\.(?:cpp|cu)", (project / "CMakeLists.txt").read_text())
+    for name in listed:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("// nothing\n")
     (project / "csrc" / "module_cpu.cpp").write_text(MODULE)
-    (project / "csrc" / "module_cuda.cu").write_text(CUDA_MODULE)
-    (project / "csrc" / "layer_norm" / "cpu.cpp").write_text("namespace ISA { int x; }\n")
+    (project / "csrc" / "module_cuda.cpp").write_text(CUDA_MODULE)
     return project
 
 

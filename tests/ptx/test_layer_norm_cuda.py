@@ -30,7 +30,7 @@ from tests.ptx.conftest import ARCHS, SCHEDULES
 from tests.ptx.layer_norm_sums import SHORTEST, check_sums
 from tests.tolerance import assert_as_exact_as_torch
 
-SOURCE = build.CSRC / "module_cuda.cu"
+SOURCE = build.op_sources()["layer_norm"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Row lengths where another kernel, or another number of columns per thread, takes over
 # (items_for, max_register_columns and kMaxRegisterColumnsBackward in csrc/layer_norm/), and the

@@ -164,5 +164,6 @@ PyMethodDef entry_point(const char* name, R (*)(T...)) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast)), METH_FASTCALL,
           nullptr};
 }
+#define ENTRY_POINT(function) ::kernels::entry_point<function>(#function, function)
 
 }  // namespace kernels
