@@ -76,8 +76,14 @@ def of_vector(lengths: range, vec: int) -> list[int]:
     return [cols for cols in lengths if min(cols & -cols, 8) == vec]
 
 
-@pytest.mark.parametrize("vec", [1, 2, 4, 8])
-@pytest.mark.parametrize("setting", [triton_setting(128), ("sm_90a", FP32, FP32)], ids=str)
+@pytest.mark.parametrize(
+    ("setting", "vec"),
+    [
+        *itertools.product([triton_setting(128)], [1, 2, 4, 8]),
+        *itertools.product([("sm_90a", FP32, FP32)], [1, 8]),
+    ],
+    ids=str,
+)
 def test_every_length_of_rows_that_are_held(setting, vec):
     for cols, schedule in zip(of_vector(range(65, 129), vec), itertools.cycle(SCHEDULES)):
         names = run(schedule, 150, cols, setting)
