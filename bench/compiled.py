@@ -21,7 +21,7 @@ from tqdm import tqdm
 from bench import cases, sass
 from bench.loops import innermost_loops
 from ptx import build, occupancy
-from ptx.machine_code import MachineCode, count_ptx_instructions
+from ptx.machine_code import MachineCode, count_ptx_instructions, cuobjdump
 
 CUDA_TARGETS = ("80", "86", "89", "90a", "100a", "120a")
 SIMDS = 4  # of an AMD compute unit
@@ -54,10 +54,10 @@ def _machine_code(
 ) -> dict[str, Row]:
     """Mangled kernel -> its row. `threads` and `dynamic` shared bytes are those of a launch;
     without them the largest block the kernel was compiled for, and its static shared memory."""
-    bounds = {} if threads else sass.launch_bounds(sass.cuobjdump("-elf", cubin))
-    listings = sass.functions(sass.cuobjdump("-sass", cubin))
+    bounds = {} if threads else sass.launch_bounds(cuobjdump("-elf", cubin))
+    listings = sass.functions(cuobjdump("-sass", cubin))
     rows: dict[str, Row] = {}
-    for name, usage in sass.resources(sass.cuobjdump("-res-usage", cubin)).items():
+    for name, usage in sass.resources(cuobjdump("-res-usage", cubin)).items():
         system = sass.SYSTEM_SHARED if int(re.sub(r"\D", "", target)) >= 90 else 0
         shared = usage.shared - system + dynamic
         block = threads or bounds.get(name, 1024)
@@ -110,7 +110,7 @@ def cuda_code(kernel: str, arch: str) -> MachineCode:
     )
 
 
-_tool_output = functools.cache(sass.cuobjdump)
+_tool_output = functools.cache(cuobjdump)
 
 
 # ---- Triton --------------------------------------------------------------------------------------

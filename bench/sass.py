@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
-import sysconfig
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from bench.loops import Instruction
 
@@ -46,23 +43,6 @@ class Resources:
     stack: int
     shared: int
     local: int
-
-
-def tool(name: str) -> Path:
-    """cuobjdump and the like: from the wheel of triton or nvidia-cuda-cuobjdump, or from PATH."""
-    site = Path(sysconfig.get_path("purelib"))
-    for folder in ("triton/backends/nvidia/bin", "nvidia/cu13/bin"):
-        if (site / folder / name).exists():
-            return site / folder / name
-    found = shutil.which(name)
-    if found is None:
-        raise FileNotFoundError(f"no {name}: pip install triton, or nvidia-cuda-{name}")
-    return Path(found)
-
-
-def cuobjdump(option: str, cubin: Path) -> str:
-    command = [str(tool("cuobjdump")), option, str(cubin)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def resources(usage: str) -> dict[str, Resources]:

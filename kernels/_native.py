@@ -53,7 +53,7 @@ def _force_instruction_set(module: Any) -> None:
         raise ValueError(f"KERNELS_CPU_ISA: {error}") from None
 
 
-# The codes of csrc/common/cpu/dtype.h and csrc/common/cuda/dtype.cuh.
+# The codes of csrc/common/dtype.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -57,7 +57,10 @@ def cxx() -> list[str]:
 
 @functools.cache
 def nvcc() -> str:
-    """From $CUDACXX, $CUDA_HOME, the PATH, /usr/local/cuda, or NVIDIA's wheels, as in setup.py."""
+    """From $CUDACXX, $CUDA_HOME, the PATH, /usr/local/cuda, or NVIDIA's wheels.
+
+    setup.py looks in the same places by itself: pip builds where nothing of this can be imported.
+    """
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home)]
     candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
@@ -87,10 +90,7 @@ def _compilers() -> str:
 
 
 def _includes() -> list[str]:
-    import pybind11
-
-    system = [pybind11.get_include(), sysconfig.get_path("include")]
-    return [f"-I{CSRC}", *(flag for path in system for flag in ("-isystem", path))]
+    return [f"-I{CSRC}", "-isystem", sysconfig.get_path("include")]
 
 
 def _nvcc(source: Path, product: str, options: Sequence[str]) -> Path:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import shutil
 import subprocess
+import sysconfig
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,11 +32,11 @@ class MachineCode:
 @functools.cache
 def read(cubin: Path, ptx: Path) -> MachineCode:
     """Of a cubin that holds one kernel, as Triton's do, and the PTX it was assembled from."""
-    usage = _disassembler("cuobjdump", "-res-usage", cubin)
+    usage = cuobjdump("-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise ValueError(f"cuobjdump tells no registers of {cubin}: {usage}")
-    opcodes = Counter(_INSTRUCTION.findall(_disassembler("cuobjdump", "-sass", cubin)))
+    opcodes = Counter(_INSTRUCTION.findall(cuobjdump("-sass", cubin)))
     del opcodes["NOP"]  # padding
     return MachineCode(
         registers=int(found[1]),
@@ -47,9 +50,18 @@ def count_ptx_instructions(text: str) -> int:
     return len(_PTX_INSTRUCTION.findall(text))
 
 
-def _disassembler(tool: str, option: str, cubin: Path) -> str:
-    import triton  # its wheel brings NVIDIA's tools
-
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
-    command = [str(path), option, str(cubin)]
+def cuobjdump(option: str, cubin: Path) -> str:
+    command = [_disassembler(), option, str(cubin)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@functools.cache
+def _disassembler() -> str:
+    """The path of cuobjdump: in the wheel of triton or in its own, or on the PATH."""
+    site = sysconfig.get_path("purelib")
+    folders = [f"{site}/{folder}" for folder in ("triton/backends/nvidia/bin", "nvidia/cu13/bin")]
+    path = os.pathsep.join([*folders, os.environ.get("PATH", "")])
+    found = shutil.which("cuobjdump", path=path)
+    if found is None:
+        raise FileNotFoundError("no cuobjdump: pip install triton, or nvidia-cuda-cuobjdump")
+    return found

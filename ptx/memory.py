@@ -47,6 +47,9 @@ class Copy:
     def size(self) -> int:
         return self.storage.nbytes()
 
+    def is_viewed_whole(self) -> bool:
+        return any(view.nbytes == self.size and view.is_contiguous() for view in self.views)
+
 
 class Memory:
     """The storages that the next call of host code may use, and how they get there and back."""
@@ -94,8 +97,9 @@ class Memory:
             flags = self._written.flags(copy.storage)
             if flags is not None:
                 self._executor.set_written(copy.base, copy.size, flags.data_ptr())
-            if self._bounds == "view" or copy.skipped:
-                accessible = _accessible(copy, whole=self._bounds == "storage")
+            whole = self._bounds == "storage" or copy.is_viewed_whole()
+            if copy.skipped or not whole:
+                accessible = _accessible(copy, whole)
                 size = copy.skipped + copy.size
                 self._executor.set_accessible(copy.allocation, size, accessible.data_ptr())
 

@@ -1,11 +1,11 @@
 """The mutation test: would the test suite notice if one instruction of a kernel were wrong?
 
-    python -m ptx.mutate [--kernel NAME] [--limit 3] [--seed 0] [-j 1] [--list]
+    python -m ptx.mutate [--op OP] [--kernel NAME] [--limit 3] [--seed 0] [-j 1]
 
-It takes the layer norm's tests (tests/ptx/test_layer_norm_*.py), notes which kernels each of them
-launches, changes one instruction of a kernel (mutations.py) and runs the tests that launch it until
-one fails. A mutant that none notices has survived. Survivors that compute the same, or as well, are
-explained in mutants.json; any other makes the command fail: a test is missing.
+It takes the tests of an op (tests/ptx/test_OP_*.py), or of all, notes which of its kernels each of
+them launches, changes one instruction of a kernel (mutations.py) and runs the tests that launch it
+until one fails. A mutant that none notices has survived. Survivors that compute the same, or as
+well, are explained in mutants.json; any other makes the command fail: a test is missing.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ from ptx.cache import ROOT, digest
 from ptx.executor import Executor, Launch, readable
 from ptx.mutations import Mutant, mutants
 
-TESTS = tuple(f"tests/ptx/test_layer_norm_{part}.py" for part in ("sharp", "cuda", "triton"))
+TESTS = ROOT / "tests" / "ptx"
 EXPLAINED = Path(__file__).with_name("mutants.json")
-# The dtype whose instances of a CUDA kernel are mutated; all template shapes are.
+# Of the instances of a CUDA kernel that differ in their dtypes alone one is mutated, where there is
+# one this; all template shapes are.
 DTYPE = "__nv_bfloat16"
+_DTYPES = re.compile(rf"\b({DTYPE}|__half|float)\b")
 BASELINE_SECONDS = 600  # for one test
 SLACK = 40  # seconds for compiling a mutant, beside 5 times what a test takes without it
 
@@ -47,6 +49,7 @@ SLACK = 40  # seconds for compiling a mutant, beside 5 times what a test takes w
 class Kernel:
     """Texts that differ in their target alone, such as those of sm_80 and sm_90a."""
 
+    op: str
     name: str  # "forward_rows_kernel<__nv_bfloat16, 8, 16>"
     texts: list[str]
     tests: list[str] = field(default_factory=list)  # node ids, the quickest first
@@ -147,7 +150,9 @@ class Plugin:
             for library, launches in baseline["launches"].items():
                 texts[(Path(library).parent / "kernel.ptx").read_text()][name] += launches
         seconds = {name: baseline["seconds"] for name, baseline in found.items()}
-        return _grouped(texts, seconds, self.options.kernel), seconds
+        wanted = ops() if self.options.op == "all" else [self.options.op]
+        kernels = _grouped(texts, seconds)
+        return [k for k in kernels if k.op in wanted and self.options.kernel in k.name], seconds
 
     def _baselines(self, items: dict[str, pytest.Item]) -> dict[str, Any]:
         """Of every test, kept until a file changes that it may depend on."""
@@ -202,9 +207,24 @@ class Plugin:
     def _verdict(self, verdict: Verdict) -> None:
         self.verdicts.append(verdict)
         if self.options.json:
-            row = {"kernel": verdict.kernel.name, "how": verdict.how, "test": verdict.test}
+            row = {
+                "op": verdict.kernel.op,
+                "kernel": verdict.kernel.name,
+                "how": verdict.how,
+                "test": verdict.test,
+            }
             with self.options.json.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row | vars(verdict.mutant)) + "\n")
+
+
+def ops() -> list[str]:
+    """Those that have tests to try."""
+    folders = sorted(path.name for path in (ROOT / "kernels").iterdir() if path.is_dir())
+    return [name for name in folders if op_tests(name)]
+
+
+def op_tests(op: str) -> list[Path]:
+    return sorted(TESTS.glob(f"test_{op}_*.py"))
 
 
 def _body(ptx: str) -> str:
@@ -212,28 +232,36 @@ def _body(ptx: str) -> str:
     return re.sub(r"^(\.version|\.target|//).*$", "", ptx, flags=re.MULTILINE)
 
 
-def _grouped(
-    texts: dict[str, Counter[str]], seconds: dict[str, float], wanted: str
-) -> list[Kernel]:
+def _op(ptx: str) -> str:
+    """The op whose folder a kernel's source lies in; nothing for a kernel of a test."""
+    found = re.search(rf'"{re.escape(str(ROOT))}/(?:csrc|kernels)/(\w+)/(?<!/common/)', ptx)
+    return found[1] if found else ""
+
+
+def _name(ptx: str) -> str:
+    """Of a Triton kernel code with vectors and code without have names of their own."""
+    name = readable(re.findall(r"\.entry\s+([\w$]+)", ptx)[0])
+    if "::" not in name:
+        return name + ("<vectors>" if re.search(r"ld\.global\S*\.v[24]", ptx) else "<elements>")
+    return re.sub(r"\b\w+::", "", name)
+
+
+def _grouped(texts: dict[str, Counter[str]], seconds: dict[str, float]) -> list[Kernel]:
     """The kernels to mutate. Of the texts of one kernel those launched most often are taken, which
-    the sweeps of sizes are made of: code for one architecture, or of a Triton kernel one
-    specialisation with vectors and one without.
+    the sweeps of sizes are made of: code for one architecture and one dtype, or of a Triton kernel
+    one specialisation with vectors and one without.
     """
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for ptx in texts:
-        name = readable(re.findall(r"\.entry\s+([\w$]+)", ptx)[0])
-        name = re.sub(r"\b\w+::", "", name)
-        if "<" in name and DTYPE not in name:
-            continue
-        if "<" not in name and name.startswith("_"):
-            name += "<vectors>" if re.search(r"ld\.global\S*\.v[24]", ptx) else "<elements>"
-        groups[name, digest(_body(ptx))].append(ptx)
-    best: dict[str, tuple[int, Kernel]] = {}
-    for (name, _), alike in groups.items():
+        groups[_op(ptx), _name(ptx), digest(_body(ptx))].append(ptx)
+    best: dict[tuple[str, str], tuple[tuple[bool, int], Kernel]] = {}
+    for (op, name, _), alike in groups.items():
         launches = sum((texts[ptx] for ptx in alike), Counter())
-        if wanted in name and (name not in best or sum(launches.values()) > best[name][0]):
+        rank = DTYPE in name, sum(launches.values())
+        key = op, _DTYPES.sub("T", name)
+        if key not in best or rank > best[key][0]:
             quickest_first = sorted(launches, key=lambda test: seconds[test])
-            best[name] = sum(launches.values()), Kernel(name, sorted(alike), quickest_first)
+            best[key] = rank, Kernel(op, name, sorted(alike), quickest_first)
     return [kernel for _, (_, kernel) in sorted(best.items())]
 
 
@@ -274,25 +302,27 @@ def _table(verdicts: list[Verdict], key: Callable[[Verdict], str], title: str) -
 
 
 def _report(verdicts: list[Verdict]) -> Iterator[str]:
-    yield _table(verdicts, lambda v: v.kernel.name.replace(DTYPE, "bf16"), "kernel")
+    yield _table(verdicts, lambda v: f"{v.kernel.op} {v.kernel.name}", "kernel")
     yield _table(verdicts, lambda v: v.mutant.kind, "kind")
     for verdict in verdicts:
         if verdict.how == "survived":
-            where = f"{verdict.kernel.name}, PTX line {verdict.mutant.line}"
+            where = f"{verdict.kernel.op} {verdict.kernel.name}, PTX line {verdict.mutant.line}"
             yield f"SURVIVED  {where}: {verdict.mutant}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ptx.mutate", description=__doc__)
+    parser.add_argument("--op", default="all", choices=[*ops(), "all"])
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--limit", type=int, default=3, help="mutants of a kind and kernel")
     parser.add_argument("--seed", type=int, default=0, help="which mutants are chosen")
     parser.add_argument("-j", type=int, default=1, help="how many to try at a time")
-    parser.add_argument("--tests", nargs="+", default=TESTS, help="files of the tests to try")
+    parser.add_argument("--tests", nargs="+", type=Path, help="files of tests to try instead")
     parser.add_argument("--json", type=Path, help="append every verdict to this file")
     options = parser.parse_args()
     plugin = Plugin(options)
-    arguments = [str(ROOT / test) for test in options.tests]
+    tests = [test for op in ops() if options.op in (op, "all") for test in op_tests(op)]
+    arguments = [str(ROOT / test) for test in options.tests or tests]
     arguments += ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--capture=no", "--no-header"]
     code = pytest.main([*arguments, f"--rootdir={ROOT}"], plugins=[plugin])
     for failure in plugin.failures:

@@ -6,142 +6,114 @@
 namespace kernels::attention {
 namespace {
 
-namespace py = pybind11;
+// Address, strides of batch, heads and rows, columns.
+Heads take_heads(Arguments& given, DType dtype) {
+  Heads h{};
+  h.at = given.pointer();
+  h.batch = given.take<int64_t>();
+  h.head = given.take<int64_t>();
+  h.row = given.take<int64_t>();
+  h.columns = given.take<int>();
+  const int64_t element = dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t bits =
+      static_cast<int64_t>(reinterpret_cast<Address>(h.at)) | (h.batch | h.head | h.row) * element;
+  h.vectors = bits % kVectorBytes == 0;
+  return h;
+}
 
-class Arguments {
- public:
-  explicit Arguments(const py::args& all) : all_(all) {}
-
-  template <typename T>
-  T take() {
-    if (next_ == all_.size()) throw std::invalid_argument("too few arguments");
-    return all_[next_++].cast<T>();
-  }
-  template <typename T = void>
-  T* pointer() {
-    return kernels::pointer<T>(take<Address>());
-  }
-  void end() const {
-    if (next_ != all_.size()) throw std::invalid_argument("too many arguments");
-  }
-
-  // Address, strides of batch, heads and rows, columns.
-  Heads heads(DType dtype) {
-    Heads h{};
-    h.at = pointer();
-    h.batch = take<int64_t>();
-    h.head = take<int64_t>();
-    h.row = take<int64_t>();
-    h.columns = take<int>();
-    const int64_t element = dtype == DType::kFloat32 ? 4 : 2;
-    const int64_t bits =
-        static_cast<int64_t>(reinterpret_cast<Address>(h.at)) | (h.batch | h.head | h.row) * element;
-    h.vectors = bits % kVectorBytes == 0;
-    return h;
-  }
-
-  Problem problem() {
-    Problem p{};
-    p.batches = take<int>();
-    p.heads = take<int>();
-    p.group = take<int>();
-    p.queries = take<int>();
-    p.keys = take<int>();
-    p.all_queries = take<int64_t>();
-    p.cu_q = pointer<const int>();
-    p.cu_k = pointer<const int>();
-    p.low = take<int>();
-    p.high = take<int>();
-    p.limit = take<int>();
-    p.lower_right = take<int>();
-    p.global_tokens = take<int>();
-    p.global_mask = pointer<const uint8_t>();
-    p.global_batch = take<int64_t>();
-    p.global_key = take<int64_t>();
-    p.globals = pointer<const int>();
-    p.n_globals = pointer<const int>();
-    p.mask = pointer();
-    p.mask_kind = static_cast<Mask>(take<int>());
-    p.mask_batch = take<int64_t>();
-    p.mask_head = take<int64_t>();
-    p.mask_query = take<int64_t>();
-    p.mask_key = take<int64_t>();
-    p.alibi_slopes = pointer<const float>();
-    p.alibi_batch = take<int64_t>();
-    p.alibi_head = take<int64_t>();
-    p.sinks = pointer<const float>();
-    p.scale = take<float>();
-    p.softcap = take<float>();
-    p.seed = pointer<const int64_t>();
-    p.threshold = take<unsigned>();
-    p.keep_factor = take<float>();
-    return p;
-  }
-
- private:
-  py::args all_;
-  size_t next_ = 0;
-};
+Problem take_problem(Arguments& given) {
+  Problem p{};
+  p.batches = given.take<int>();
+  p.heads = given.take<int>();
+  p.group = given.take<int>();
+  p.queries = given.take<int>();
+  p.keys = given.take<int>();
+  p.all_queries = given.take<int64_t>();
+  p.cu_q = given.pointer<const int>();
+  p.cu_k = given.pointer<const int>();
+  p.low = given.take<int>();
+  p.high = given.take<int>();
+  p.limit = given.take<int>();
+  p.lower_right = given.take<int>();
+  p.global_tokens = given.take<int>();
+  p.global_mask = given.pointer<const uint8_t>();
+  p.global_batch = given.take<int64_t>();
+  p.global_key = given.take<int64_t>();
+  p.globals = given.pointer<const int>();
+  p.n_globals = given.pointer<const int>();
+  p.mask = given.pointer();
+  p.mask_kind = static_cast<Mask>(given.take<int>());
+  p.mask_batch = given.take<int64_t>();
+  p.mask_head = given.take<int64_t>();
+  p.mask_query = given.take<int64_t>();
+  p.mask_key = given.take<int64_t>();
+  p.alibi_slopes = given.pointer<const float>();
+  p.alibi_batch = given.take<int64_t>();
+  p.alibi_head = given.take<int64_t>();
+  p.sinks = given.pointer<const float>();
+  p.scale = given.take<float>();
+  p.softcap = given.take<float>();
+  p.seed = given.pointer<const int64_t>();
+  p.threshold = given.take<int>();
+  p.keep_factor = given.take<float>();
+  return p;
+}
 
 // Mask, strides of batch and key, batches, keys, global tokens, list, counts, device, stream.
-void attention_globals(const py::args& all) {
-  Arguments take(all);
+void attention_globals(Arguments& given) {
   GlobalsArgs a{};
-  a.mask = take.pointer<const uint8_t>();
-  a.batch = take.take<int64_t>();
-  a.key = take.take<int64_t>();
-  const int batches = take.take<int>();
-  a.keys = take.take<int>();
-  a.global_tokens = take.take<int>();
-  a.globals = take.pointer<int>();
-  a.count = take.pointer<int>();
-  const DeviceGuard guard(take.take<int>());
-  auto* stream = take.pointer<CUstream_st>();
-  take.end();
+  a.mask = given.pointer<const uint8_t>();
+  a.batch = given.take<int64_t>();
+  a.key = given.take<int64_t>();
+  const int batches = given.take<int>();
+  a.keys = given.take<int>();
+  a.global_tokens = given.take<int>();
+  a.globals = given.pointer<int>();
+  a.count = given.pointer<int>();
+  const DeviceGuard guard(given.take<int>());
+  auto* stream = given.pointer<CUstream_st>();
+  given.end();
   list_globals(a, batches, stream);
 }
 
 // Dtype, problem, query, key, value, out, lse, device, stream.
-void attention_forward(const py::args& all) {
-  Arguments take(all);
-  const DType dtype = checked_dtype(take.take<int>());
+void attention_forward(Arguments& given) {
+  const DType dtype = checked_dtype(given.take<int>());
   ForwardArgs a{};
-  a.problem = take.problem();
-  for (Heads* heads : {&a.query, &a.key, &a.value, &a.out}) *heads = take.heads(dtype);
-  a.lse = take.pointer<float>();
-  const DeviceGuard guard(take.take<int>());
-  auto* stream = take.pointer<CUstream_st>();
-  take.end();
+  a.problem = take_problem(given);
+  for (Heads* heads : {&a.query, &a.key, &a.value, &a.out}) *heads = take_heads(given, dtype);
+  a.lse = given.pointer<float>();
+  const DeviceGuard guard(given.take<int>());
+  auto* stream = given.pointer<CUstream_st>();
+  given.end();
   forward(a, dtype, stream);
 }
 
 // Dtype, problem, query, key, value, dout, dquery, dkey, dvalue, out, lse, dlse, delta, dsinks,
 // batch entries of lse, device, stream.
-void attention_backward(const py::args& all) {
-  Arguments take(all);
-  const DType dtype = checked_dtype(take.take<int>());
+void attention_backward(Arguments& given) {
+  const DType dtype = checked_dtype(given.take<int>());
   BackwardArgs a{};
-  a.problem = take.problem();
-  for (Heads* heads :
-       {&a.query, &a.key, &a.value, &a.dout, &a.dquery, &a.dkey, &a.dvalue}) {
-    *heads = take.heads(dtype);
+  a.problem = take_problem(given);
+  for (Heads* heads : {&a.query, &a.key, &a.value, &a.dout, &a.dquery, &a.dkey, &a.dvalue}) {
+    *heads = take_heads(given, dtype);
   }
   DeltaArgs d{};
   d.dout = a.dout;
-  d.out = take.heads(dtype);
-  d.lse = a.lse = take.pointer<const float>();
-  d.dlse = take.pointer<const float>();
-  d.delta = take.pointer<float>();
+  d.out = take_heads(given, dtype);
+  d.lse = a.lse = given.pointer<const float>();
+  d.dlse = given.pointer<const float>();
+  d.delta = given.pointer<float>();
   a.delta = d.delta;
   const Problem& p = a.problem;
-  SinkArgs s{p.sinks, a.lse, a.delta, take.pointer<float>(), take.take<int>(), p.heads,
-             p.all_queries};
+  SinkArgs s{p.sinks,           a.lse,   a.delta,      given.pointer<float>(),
+             given.take<int>(), p.heads, p.all_queries};
   d.heads = p.heads;
   d.queries = static_cast<int>(p.all_queries);
   d.rows = int64_t{s.batches} * p.heads * p.all_queries;
-  const DeviceGuard guard(take.take<int>());
-  auto* stream = take.pointer<CUstream_st>();
-  take.end();
+  const DeviceGuard guard(given.take<int>());
+  auto* stream = given.pointer<CUstream_st>();
+  given.end();
   delta(d, dtype, stream);
   if (s.dsinks != nullptr) dsinks(s, stream);
   backward(a, dtype, stream);
@@ -155,52 +127,47 @@ int attention_decode_splits(int64_t planes, int keys, int multiprocessors) {
 // the cache, scales of keys and values with three strides each, slopes and strides, sinks, batches,
 // heads, group, queries, low, high, limit, global tokens, scale, softcap, splits, parts' out and
 // lse, lse, device, stream.
-void attention_decode(const py::args& all) {
-  Arguments take(all);
-  const DType dtype = checked_dtype(take.take<int>());
+void attention_decode(Arguments& given) {
+  const DType dtype = checked_dtype(given.take<int>());
   DecodeArgs a{};
   CombineArgs c{};
-  a.cache = static_cast<Cache>(take.take<int>());
-  for (Heads* heads : {&a.query, &a.keys, &a.values, &c.out}) *heads = take.heads(dtype);
-  a.lengths = take.pointer<const int>();
-  a.table = take.pointer<const int>();
-  a.table_batch = take.take<int64_t>();
-  for (int* number : {&a.pages, &a.page_size, &a.cache_rows}) *number = take.take<int>();
-  a.key_scale = take.pointer<const float>();
-  for (int64_t& stride : a.key_scale_stride) stride = take.take<int64_t>();
-  a.value_scale = take.pointer<const float>();
-  for (int64_t& stride : a.value_scale_stride) stride = take.take<int64_t>();
-  a.alibi_slopes = take.pointer<const float>();
-  a.alibi_batch = take.take<int64_t>();
-  a.alibi_head = take.take<int64_t>();
-  c.sinks = take.pointer<const float>();
-  for (int* number : {&a.batches, &a.heads, &a.group, &a.queries, &a.low, &a.high, &a.limit,
-                      &a.global_tokens}) {
-    *number = take.take<int>();
+  a.cache = static_cast<Cache>(given.take<int>());
+  for (Heads* heads : {&a.query, &a.keys, &a.values, &c.out}) *heads = take_heads(given, dtype);
+  a.lengths = given.pointer<const int>();
+  a.table = given.pointer<const int>();
+  a.table_batch = given.take<int64_t>();
+  for (int* number : {&a.pages, &a.page_size, &a.cache_rows}) *number = given.take<int>();
+  a.key_scale = given.pointer<const float>();
+  for (int64_t& stride : a.key_scale_stride) stride = given.take<int64_t>();
+  a.value_scale = given.pointer<const float>();
+  for (int64_t& stride : a.value_scale_stride) stride = given.take<int64_t>();
+  a.alibi_slopes = given.pointer<const float>();
+  a.alibi_batch = given.take<int64_t>();
+  a.alibi_head = given.take<int64_t>();
+  c.sinks = given.pointer<const float>();
+  for (int* number :
+       {&a.batches, &a.heads, &a.group, &a.queries, &a.low, &a.high, &a.limit, &a.global_tokens}) {
+    *number = given.take<int>();
   }
-  a.scale = take.take<float>();
-  a.softcap = take.take<float>();
-  a.splits = take.take<int>();
-  c.part_out = a.part_out = take.pointer<float>();
-  c.part_lse = a.part_lse = take.pointer<float>();
-  c.lse = take.pointer<float>();
+  a.scale = given.take<float>();
+  a.softcap = given.take<float>();
+  a.splits = given.take<int>();
+  c.part_out = a.part_out = given.pointer<float>();
+  c.part_lse = a.part_lse = given.pointer<float>();
+  c.lse = given.pointer<float>();
   c.heads = a.heads;
   c.queries = a.queries;
   c.rows = int64_t{a.batches} * a.heads * a.queries;
-  const DeviceGuard guard(take.take<int>());
-  auto* stream = take.pointer<CUstream_st>();
-  take.end();
+  const DeviceGuard guard(given.take<int>());
+  auto* stream = given.pointer<CUstream_st>();
+  given.end();
   decode(a, c, dtype, stream);
 }
 
 }  // namespace
 
-void bind(pybind11::module_& m) {
-  m.def("attention_globals", &attention_globals);
-  m.def("attention_forward", &attention_forward);
-  m.def("attention_backward", &attention_backward);
-  m.def("attention_decode_splits", &attention_decode_splits);
-  m.def("attention_decode", &attention_decode);
-}
+PyMethodDef entry_points[] = {ENTRY_POINT(attention_globals),  ENTRY_POINT(attention_forward),
+                              ENTRY_POINT(attention_backward), ENTRY_POINT(attention_decode_splits),
+                              ENTRY_POINT(attention_decode),   {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace kernels::attention

@@ -84,11 +84,9 @@ void cross_entropy_backward(Address dlosses, int64_t dlosses_stride, Address dls
 
 }  // namespace
 
-void bind(pybind11::module_& m) {
-  const pybind11::call_guard<pybind11::gil_scoped_release> release;
-  m.def("cross_entropy_forward_parts", &cross_entropy_forward_parts);
-  m.def("cross_entropy_forward", &cross_entropy_forward, release);
-  m.def("cross_entropy_backward", &cross_entropy_backward, release);
-}
+PyMethodDef entry_points[] = {ENTRY_POINT(cross_entropy_forward_parts),
+                              ENTRY_POINT(cross_entropy_forward),
+                              ENTRY_POINT(cross_entropy_backward),
+                              {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace kernels::cross_entropy

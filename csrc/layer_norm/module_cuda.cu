@@ -57,11 +57,9 @@ void layer_norm_backward(Address dy, Address x, Address weight, Address mean, Ad
 
 }  // namespace
 
-void bind(pybind11::module_& m) {
-  const pybind11::call_guard<pybind11::gil_scoped_release> release;
-  m.def("layer_norm_forward", &layer_norm_forward, release);
-  m.def("layer_norm_backward_partials", &layer_norm_backward_partials);
-  m.def("layer_norm_backward", &layer_norm_backward, release);
-}
+PyMethodDef entry_points[] = {ENTRY_POINT(layer_norm_forward),
+                              ENTRY_POINT(layer_norm_backward_partials),
+                              ENTRY_POINT(layer_norm_backward),
+                              {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace kernels::layer_norm

@@ -85,12 +85,12 @@ void accumulate(const int16_t* a, const int16_t* b, int stride, int k, int64_t* 
 }
 
 double accumulator(Element d, uint32_t word, int half) {
-  if (d == Element::kF16) return f16_value(word >> 16 * half & 0xffffu);
+  if (d == Element::kF16) return widen<Half>(word >> 16 * half & 0xffffu);
   return std::bit_cast<float>(word);
 }
 
 uint32_t result_word(Element d, const double* sums) {
-  if (d == Element::kF16) return round_to_f16(sums[0]) | uint32_t{round_to_f16(sums[1])} << 16;
+  if (d == Element::kF16) return round_to<Half>(sums[0]) | uint32_t{round_to<Half>(sums[1])} << 16;
   return std::bit_cast<uint32_t>(static_cast<float>(sums[0]));
 }
 

@@ -39,13 +39,13 @@ Span shared_span(uint32_t offset, uint32_t bytes) {
   return span(shared_window + offset, bytes, Space::kShared, kNoSite, /*writes=*/false, 1);
 }
 
-void add_async_reader(uint32_t offset, uint8_t flags) {
+void add_async_reader(uint32_t offset) {
   have_readers = true;
-  if (readers[offset / kChunkBytes]++ == 0) mark(shared_span(offset, kChunkBytes), flags);
+  if (readers[offset / kChunkBytes]++ == 0) mark(shared_span(offset, kChunkBytes), kAsyncRead);
 }
 
-void remove_async_reader(uint32_t offset, uint8_t flags) {
-  if (--readers[offset / kChunkBytes] == 0) unmark(shared_span(offset, kChunkBytes), flags);
+void remove_async_reader(uint32_t offset) {
+  if (--readers[offset / kChunkBytes] == 0) unmark(shared_span(offset, kChunkBytes), kAsyncRead);
 }
 
 void check_proxy_fence(const Span& bytes, const char* reader, uint32_t site) {

@@ -84,8 +84,8 @@ Span shared_span(uint32_t offset, uint32_t bytes);
 // Asynchronous readers of shared memory overlap (two wgmma in flight read one tile): the mark
 // kAsyncRead of a 16-byte chunk goes only with its last reader.
 constexpr uint32_t kChunkBytes = 16;
-void add_async_reader(uint32_t offset, uint8_t flags);
-void remove_async_reader(uint32_t offset, uint8_t flags);
+void add_async_reader(uint32_t offset);
+void remove_async_reader(uint32_t offset);
 
 // Reports missing-proxy-fence if the running block wrote some of these bytes of shared memory
 // through the generic proxy and no fence.proxy.async lies between: neither one by the writer after

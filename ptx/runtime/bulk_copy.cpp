@@ -22,8 +22,6 @@ namespace ptx {
 namespace {
 
 constexpr uint32_t kBulkAlignment = 16, kTensorAlignment = 128;
-constexpr uint8_t kBeingWritten = kAsyncWrite | kBulk, kBeingRead = kAsyncRead | kBulk;
-constexpr uint8_t kInFlight = kAsyncWrite | kAsyncRead | kBulk;
 
 std::vector<BulkLoad> loads;   // in flight in the running block, oldest first
 std::deque<BulkStore> stores;  // of the running block; a deque keeps addresses
@@ -44,7 +42,8 @@ void forget_marks(const BulkBox& box) {
   for_each_inside_row(box, [](const BoxRow& row) {
     if (!in_arena(row.global)) return;
     const size_t offset = static_cast<size_t>(row.global - arena);
-    unmark({row.global, arena_flags + offset, offset, row.inside_bytes, false}, kInFlight);
+    unmark({row.global, arena_flags + offset, offset, row.inside_bytes, false},
+           kAsyncWrite | kAsyncRead);
   });
 }
 
@@ -57,6 +56,15 @@ void for_each_source_chunk(const BulkBox& box, F visit) {
       visit(swizzled(box.map.swizzle, row.shared + at));
     }
   });
+}
+
+bool covers(const BulkBox& box, const unsigned char* p) {
+  if (in_shared_window(p)) return static_cast<size_t>(p - shared_window) - box.shared < box.bytes;
+  bool found = false;
+  for_each_inside_row(box, [&](const BoxRow& row) {
+    found |= static_cast<size_t>(p - row.global) < row.inside_bytes;
+  });
+  return found;
 }
 
 // ---- Boxes
@@ -124,9 +132,9 @@ void land(const BulkLoad& load) {
   const RunAs engine(async_engine());
   acquire(load.issued);
   const Span to = shared_span(load.box.shared, load.box.bytes);
-  unmark(to, kBeingWritten);
+  unmark(to, kAsyncWrite);
   for_each_inside_row(
-      load.box, [&](const BoxRow& row) { unmark(global_row(row, false, load.site), kBeingRead); });
+      load.box, [&](const BoxRow& row) { unmark(global_row(row, false, load.site), kAsyncRead); });
   move_in(load.box);
   touch(to, Access::kWrite, load.site);
   mbarrier_copy_landed(load.mbarrier, load.box.bytes, load.site);
@@ -143,10 +151,10 @@ void issue(const BulkBox& box, const void* mbarrier, uint32_t site) {
     const Span from = global_row(row, /*writes=*/false, site);
     touch(from, Access::kRead, site);
     if (options.count) count_bulk(from, Access::kRead, site);
-    mark(from, kBeingRead);
+    mark(from, kAsyncRead);
   });
   if (!options.async_early) std::memset(to.data, 0xff, to.bytes);
-  mark(to, kBeingWritten);
+  mark(to, kAsyncWrite);
   release(load.issued);
   mbarrier_copy_issued(load.mbarrier, box.bytes, site);
   if (options.async_early) {
@@ -180,14 +188,14 @@ void finish_reading(BulkStore& store) {
   if (store.source_read) return;
   store.source_read = true;
   move_out(store);
-  for_each_source_chunk(store.box, [](uint32_t chunk) { remove_async_reader(chunk, kBeingRead); });
+  for_each_source_chunk(store.box, [](uint32_t chunk) { remove_async_reader(chunk); });
 }
 
 void finish(BulkStore& store) {
   finish_reading(store);
   store.finished = true;
   for_each_inside_row(store.box, [&](const BoxRow& row) {
-    unmark(global_row(row, /*writes=*/true, store.site), kBeingWritten);
+    unmark(global_row(row, /*writes=*/true, store.site), kAsyncWrite);
   });
 }
 
@@ -204,9 +212,9 @@ void issue(const BulkBox& box, BulkReduction reduction, uint32_t site) {
     const Span to = global_row(row, /*writes=*/true, site);
     touch(to, atomic ? Access::kAtomic : Access::kWrite, site);
     if (options.count) count_bulk(to, atomic ? Access::kAtomic : Access::kWrite, site);
-    if (!atomic) mark(to, kBeingWritten);
+    if (!atomic) mark(to, kAsyncWrite);
   });
-  for_each_source_chunk(box, [](uint32_t chunk) { add_async_reader(chunk, kBeingRead); });
+  for_each_source_chunk(box, [](uint32_t chunk) { add_async_reader(chunk); });
   stores.push_back({box, reduction, site, false, false});
   async_state().stores.add(&stores.back());
 }
@@ -250,6 +258,18 @@ void bulk_wait(uint32_t pending, bool only_reads) {
   } else {
     groups.wait(pending, [](BulkStore* store) { finish(*store); });
   }
+}
+
+uint32_t bulk_copy_of(const unsigned char* p, bool writes) {
+  const bool shared = in_shared_window(p);
+  if (shared == writes) {  // a load writes shared memory and reads global memory
+    for (const BulkLoad& load : loads)
+      if (covers(load.box, p)) return load.site;
+  } else {
+    for (const BulkStore& store : stores)
+      if (!(writes ? store.finished : store.source_read) && covers(store.box, p)) return store.site;
+  }
+  return kNoSite;
 }
 
 bool land_bulk_for(uint32_t mbarrier) {

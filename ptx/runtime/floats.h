@@ -1,6 +1,6 @@
 // f32 and f64 as PTX rounds, flushes, saturates and compares them (see math.h).
 #pragma once
-#include "ptx/runtime/math.h"
+#include "math.h"
 
 namespace ptx {
 

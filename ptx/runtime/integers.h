@@ -1,6 +1,6 @@
 // Integer and bit instructions of PTX as inline functions of generated kernels (see math.h).
 #pragma once
-#include "ptx/runtime/math.h"
+#include "math.h"
 
 namespace ptx {
 

@@ -2,7 +2,7 @@
 // floating point lie in integers.h, floats.h and narrow_floats.h.  Light on purpose: no standard
 // header but the integer types, so that a kernel compiles in about a second.
 #pragma once
-#include "ptx/runtime/device.h"
+#include "device.h"
 
 namespace ptx {
 
@@ -71,7 +71,7 @@ inline u64 clock_ticks() {
 
 }  // namespace ptx
 
-#include "ptx/runtime/floats.h"
-#include "ptx/runtime/integers.h"
-#include "ptx/runtime/messages.h"
-#include "ptx/runtime/narrow_floats.h"
+#include "floats.h"
+#include "integers.h"
+#include "messages.h"
+#include "narrow_floats.h"

@@ -1,6 +1,6 @@
 // What a kernel prints and how its assertions fail: vprintf and __assertfail (see math.h).
 #pragma once
-#include "ptx/runtime/math.h"
+#include "math.h"
 
 extern "C" long write(int file, const void* data, size_t bytes);
 

@@ -8,7 +8,7 @@
 // Melquiond, "Emulation of FMA and correctly rounded sums", 2008), in every direction and for
 // subnormal results too.
 #pragma once
-#include "ptx/runtime/floats.h"
+#include "floats.h"
 
 namespace ptx {
 
@@ -36,8 +36,6 @@ struct E5m2 {
   static constexpr int kPrecision = 3, kMinExponent = -14;
   static constexpr u32 kSign = 0x80, kMax = 0x7b, kInfinity = 0x7c, kNan = 0x7f;
 };
-
-constexpr f64 power_of_two(int exponent) { return as_f64(u64(exponent + 1023) << 52); }
 
 // Rounds to the format once; returns the code.  finite: what is too large becomes the largest
 // number.
@@ -73,35 +71,19 @@ u32 encode(f64 x, Rounding rounding, bool finite = false) {
 
 // The number of a code, exactly.
 template <class F>
-f64 decode(u32 code) {
-  u32 magnitude = code & (F::kSign - 1);
-  f64 value;
-  if (magnitude > F::kMax) {
-    value =
-        magnitude == F::kInfinity && F::kInfinity != F::kNan ? __builtin_inf() : __builtin_nan("");
-  } else {
-    u32 field = magnitude >> (F::kPrecision - 1);
-    u32 significand = magnitude & ((1u << (F::kPrecision - 1)) - 1);
-    if (field) significand |= 1u << (F::kPrecision - 1);
-    int exponent = F::kMinExponent + (field ? int(field) - 1 : 0);
-    value = f64(significand) * power_of_two(exponent - F::kPrecision + 1);
-  }
-  return code & F::kSign ? -value : value;
+f32 widen(u32 code) {
+  const u32 sign = code & F::kSign, magnitude = code & (F::kSign - 1);
+  constexpr int kUp = 24 - F::kPrecision;  // from the place of a field to its place in f32
+  f32 value = as_f32(magnitude << kUp);
+  // The exponent's field counts from another start: the product is exact, for subnormals too.
+  if constexpr (F::kMinExponent != Brain::kMinExponent)
+    value = value * as_f32(u32(126 + F::kMinExponent + 127) << 23);
+  if (magnitude > F::kMax) value = as_f32(magnitude << kUp | 0x7f800000u);
+  return as_f32(bits(value) | sign * (0x80000000u / F::kSign));
 }
 
-// ---- f16 and bf16 ↔ f32
+// ---- Rounding
 
-template <class F>
-f32 widen(u16 code) {
-  if constexpr (F::kPrecision == Brain::kPrecision) {
-    return as_f32(u32(code) << 16);
-  } else {  // moves the fields to their places; the product corrects the exponent, exactly
-    u32 magnitude = u32(code & 0x7fff) << 13;
-    f32 value = as_f32(magnitude) * as_f32((127 + 112) << 23);
-    if ((code & 0x7c00) == 0x7c00) value = as_f32(magnitude | 0x7f800000u);
-    return with_sign(value, as_f32(u32(code) << 16));
-  }
-}
 template <class F>
 u16 round_to(f64 x, Rounding rounding = Rounding::kNearest) {
   return u16(encode<F>(x, rounding));
@@ -218,7 +200,7 @@ u8 round_to_8(f32 x) {
 }
 template <class F>
 u32 widen_pair(u16 codes) {  // two 8-bit numbers as f16, exactly
-  return u32(round_to<Half>(decode<F>(codes >> 8))) << 16 | round_to<Half>(decode<F>(codes & 0xff));
+  return u32(round_to<Half>(widen<F>(codes >> 8))) << 16 | round_to<Half>(widen<F>(codes & 0xff));
 }
 template <class F>
 u32 relu_pair(u32 codes) {

@@ -131,6 +131,10 @@ void note_read(Record& record, uint32_t site) {
     record.read_lanes = reads.lanes;
     record.read_warps = 1u << me;
   }
+  if (record.read_epoch < block_epoch) {
+    record.earlier_block_epoch = record.read_epoch;
+    record.earlier_block_site = record.read_site;
+  }
   record.read_epoch = epoch;
   record.read_site = site;
 }
@@ -143,7 +147,8 @@ void note_write(Record& record, bool atomic, uint32_t site) {
   record.writer = me.linear;
   record.atomic = atomic;
   record.writer_fences = me.proxy_fences;
-  if (!atomic) record.read_epoch = 0;  // an atomic operation orders nobody: the reads stay known
+  // An atomic operation orders nobody: the reads stay known.
+  if (!atomic) record.read_epoch = record.earlier_block_epoch = 0;
 }
 
 // ---- Reporting
@@ -159,9 +164,8 @@ void report_write_race(const Record& record, Access kind, uint32_t site, const v
                       uint32_t{record.writer}, blocks ? " of another block" : "");
 }
 
-void report_read_race(const Record& record, uint32_t site, const void* p) {
-  bool blocks = record.read_epoch < block_epoch;
-  if (Report* r = new_report(blocks ? "race-WAR-blocks" : "race-WAR", site, record.read_site))
+void report_read_race(bool blocks, uint32_t read_site, uint32_t site, const void* p) {
+  if (Report* r = new_report(blocks ? "race-WAR-blocks" : "race-WAR", site, read_site))
     r->message = text("write to %s without a barrier after a read by another thread%s",
                       where(p).c_str(), blocks ? " of another block" : "");
 }
@@ -193,8 +197,11 @@ void check_race(Record& record, Access kind, uint32_t site, const unsigned char*
     return;
   }
   if (record.read_epoch >= since && !reads_happened_before(record)) {
-    report_read_race(record, site, p);
-    if (record.read_epoch >= block_epoch) remember_raced_read(p, bytes, record.read_site);
+    bool blocks = record.read_epoch < block_epoch;
+    report_read_race(blocks, record.read_site, site, p);
+    if (!blocks) remember_raced_read(p, bytes, record.read_site);
+  } else if (record.earlier_block_epoch >= since) {
+    report_read_race(true, record.earlier_block_site, site, p);
   }
   note_write(record, kind == Access::kAtomic, site);
 }

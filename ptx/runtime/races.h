@@ -50,8 +50,7 @@ enum Flag : uint8_t {
   kSeenRead = 8,  // in this launch: the footprint
   kSeenWritten = 16,
   kAsyncWrite = 32,  // an unfinished asynchronous copy writes it
-  kAsyncRead = 64,   // an unfinished asynchronous operation reads it
-  kBulk = 128        // that operation is a bulk or tensor copy, not a cp.async or wgmma
+  kAsyncRead = 64    // an unfinished asynchronous operation reads it
 };
 
 // ---- Per byte: the last write and the reads since, kept once for neighbouring bytes that have
@@ -64,6 +63,8 @@ struct Record {
   uint16_t writer_fences;  // the writer's proxy_fences then
   // The reads since, as long as one warp made them: the lanes, and the least of their clocks.
   uint32_t read_epoch, read_clock, read_lanes, read_site;
+  // The last read by a block before the one of read_epoch: no write may follow it in its launch.
+  uint32_t earlier_block_epoch, earlier_block_site;
   uint32_t read_warps;  // warps whose reads may be concurrent with each other
   uint32_t read_table;  // where several warps read: index of their epochs, clocks and lanes
 };
@@ -108,9 +109,12 @@ struct Knowledge {
 Knowledge knowledge();
 bool had_happened(const Record&, const Knowledge&);
 
-// In-flight marks: a mix of kAsyncWrite, kAsyncRead, kBulk.
+// In-flight marks: kAsyncWrite, kAsyncRead.
 void mark(const Span&, uint8_t flags);
 void unmark(const Span&, uint8_t flags);
+// The instruction of the unfinished bulk or tensor copy that writes (or reads) this byte; kNoSite
+// where the mark is of a cp.async or wgmma.
+uint32_t bulk_copy_of(const unsigned char* p, bool writes);
 
 void races_launch_start();
 void races_block_start();

@@ -24,7 +24,7 @@ constexpr uint64_t kEveryByte = 0x0101010101010101;
 
 // The records of a stretch of memory. A granule's level says how far it is split: records stand at
 // every 16 >> level bytes. The record at a granule's start has its own array, so that memory which
-// is accessed in whole granules costs 44 bytes of shadow per 16, and not per byte.
+// is accessed in whole granules costs 52 bytes of shadow per 16, and not per byte.
 struct Records {
   uint8_t* levels;  // per granule
   Record* first;    // per granule
@@ -151,18 +151,19 @@ const unsigned char* first_with(const Span& span, uint32_t from, uint8_t flag, b
 
 void report_hazard(const Span& span, uint32_t from, uint8_t flag, Access kind, uint32_t site) {
   const unsigned char* p = first_with(span, from, flag, true);
-  bool bulk = span.flags[p - span.data] & kBulk;
-  const char* verb = kind == Access::kRead ? "read of" : "write to";
-  const Record& record = record_of(span, p - span.data);
-  if (flag == kAsyncRead) {
-    if (Report* r = new_report(bulk ? "bulk-copy-hazard" : "wgmma-hazard", site, kNoSite))
-      r->message = text("%s %s, which an unfinished %s still reads", verb, where(p).c_str(),
-                        bulk ? "bulk copy" : "wgmma");
-  } else if (Report* r = new_report(bulk ? "bulk-copy-hazard" : "cp.async-hazard", site,
-                                    record.write_site)) {
-    r->message = text("%s %s, which an unfinished %s still writes", verb, where(p).c_str(),
-                      bulk ? "bulk copy" : "cp.async");
+  bool writes = flag == kAsyncWrite;
+  uint32_t other = bulk_copy_of(p, writes);
+  const char *name = "bulk-copy-hazard", *operation = "bulk copy";
+  if (other == kNoSite && writes) {
+    name = "cp.async-hazard", operation = "cp.async";
+    other = record_of(span, p - span.data).write_site;
+  } else if (other == kNoSite) {
+    name = "wgmma-hazard", operation = "wgmma";
   }
+  if (Report* r = new_report(name, site, other))
+    r->message = text("%s %s, which an unfinished %s still %s",
+                      kind == Access::kRead ? "read of" : "write to", where(p).c_str(), operation,
+                      writes ? "writes" : "reads");
 }
 
 void report_read_only(const Span& span, uint32_t from, uint32_t site) {

@@ -2,7 +2,6 @@
 #include "tensor_reduce.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -60,12 +59,6 @@ double reduce_float(BulkReduction reduction, double x, double y, uint32_t site) 
   }
 }
 
-uint16_t round_to_bf16(float value) {
-  const auto bits = std::bit_cast<uint32_t>(value);
-  if (std::isnan(value)) return 0x7fff;
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 template <typename T, typename F>
 void for_each_pair(unsigned char* target, const unsigned char* values, uint32_t bytes, F combine) {
   for (uint32_t i = 0; i < bytes; i += sizeof(T)) {
@@ -100,11 +93,11 @@ void reduce_row(TensorElement element, BulkReduction reduction, unsigned char* t
       return integers<int64_t>(reduction, target, values, bytes, site);
     case TensorElement::kF16:
       return for_each_pair<uint16_t>(target, values, bytes, [&](uint16_t x, uint16_t y) {
-        return round_to_f16(combine(f16_value(x), f16_value(y)));
+        return round_to<Half>(combine(widen<Half>(x), widen<Half>(y)));
       });
     case TensorElement::kBf16:  // the double sum of two bf16 is exact or far from a tie of bf16
       return for_each_pair<uint16_t>(target, values, bytes, [&](uint16_t x, uint16_t y) {
-        return round_to_bf16(static_cast<float>(combine(bf16_value(x), bf16_value(y))));
+        return round_to<Brain>(combine(widen<Brain>(x), widen<Brain>(y)));
       });
     case TensorElement::kF32:
       if (reduction != BulkReduction::kAdd) refuse(site);

@@ -61,7 +61,7 @@ const unsigned char* read_chunk(uint32_t offset, Fiber& reader, WgmmaReads& oper
                           /*writes=*/false, kChunkBytes);
   touch(chunk, Access::kRead, reader.site);
   check_proxy_fence(chunk, "wgmma reads", reader.site);
-  add_async_reader(offset, kAsyncRead);
+  add_async_reader(offset);
   operation.chunks.push_back(offset);
   return chunk.data;
 }
@@ -245,7 +245,7 @@ void check_supported(const Wgmma& shape, const uint32_t* a, uint64_t a_descripto
 
 void finish(WgmmaReads* operation) {
   if (--operation->waiting > 0) return;
-  for (uint32_t chunk : operation->chunks) remove_async_reader(chunk, kAsyncRead);
+  for (uint32_t chunk : operation->chunks) remove_async_reader(chunk);
   unused.push_back(operation);
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import ptx
 
@@ -14,6 +15,15 @@ ARCHS = ("sm_80", "sm_90a", "sm_100a")
 SCHEDULES = ("round_robin", "reverse", "random")
 KERNELS = Path(__file__).with_name("session_kernels.cu")
 TWO = ctypes.c_float(2.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Torch's threads would only wait for each other: tensors are small, workers use all cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,8 @@ PAIRS = {
     "atomic_and_plain": (1, 128, 1.0, torch.tensor([129.0])),
     "reads_own_block": (2, 128, 1.0, torch.full((512,), 2.0)),
     "reads_other_block": (2, 128, 1.0, torch.full((512,), 2.0)),
+    "adds_to_own_row": (2, 128, 1.0, 1 + torch.arange(4).eq(1).repeat_interleave(128).float()),
+    "adds_to_other_row": (2, 128, 1.0, torch.ones(512)),
     "shared_in_bounds": (1, 128, None, T),
     "shared_overrun": (1, 128, None, T),
     "initialised_write": (1, 128, None, torch.ones(128)),

@@ -1,17 +1,16 @@
 """Layer norm's CUDA kernels from the PTX that nvcc makes of them, through the public functions:
 numbers by the tolerance rule against float64, and nothing for the executor to report.
 
-Every kernel (49 with their template arguments) runs from the PTX of each architecture, in the sweep
-of row lengths. The rest takes architectures, schedulers and dtypes in turn, so that a cold cache
-has to compile no kernel for its sake alone: what differs between architectures is nvcc's output,
-what differs between schedulers is the order of threads, and the sweep crosses the two.
+Every kernel runs from the PTX of one architecture, which its dtype decides (CUDA_ARCHS), so that
+all kernels, but for their element type, run on all three; of the schedulers each takes its turn.
+Under the marker `sweep` every kernel runs from the PTX of each.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -27,11 +26,12 @@ from ptx import build
 from ptx.executor import readable
 from tests.layer_norm.test_layer_norm import NAMES, check, results
 from tests.ptx.conftest import ARCHS, SCHEDULES
-from tests.ptx.layer_norm_sums import SHORTEST, check_sums
+from tests.ptx.layer_norm_cases import CUDA_ARCHS, FP32, check_sharp
 from tests.tolerance import assert_as_exact_as_torch
 
 SOURCE = build.op_sources()["layer_norm"]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = tuple(CUDA_ARCHS)
+CPP_TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 # Row lengths where another kernel, or another number of columns per thread, takes over
 # (items_for, max_register_columns and kMaxRegisterColumnsBackward in csrc/layer_norm/), and the
 # kernels that all run around those: together every one.
@@ -41,11 +41,11 @@ RESIDUES = 64
 
 
 @contextmanager
-def cuda(arch: str = "sm_90a", turn: int = 0, **options: object) -> Iterator[ptx.Session]:
+def cuda(dtype: torch.dtype = FP32, turn: int = 0, **options: object) -> Iterator[ptx.Session]:
     """One multiprocessor, so that blocks walk over many rows; the scheduler by the turn."""
     schedule = SCHEDULES[turn % len(SCHEDULES)]
     options = {"schedule": schedule, "seed": turn, "multiprocessors": 1} | options
-    with ptx.run(arch, **options) as session, dispatch.use("cuda"):
+    with ptx.run(**{"arch": CUDA_ARCHS[dtype]} | options) as session, dispatch.use("cuda"):
         yield session
 
 
@@ -57,8 +57,8 @@ def check_rows(rows: int, cols: int, dtype: torch.dtype, parameter_dtype: torch.
     x = (torch.randn(rows, cols) * 3 + torch.randn(rows, 1)).to(dtype)
     weight, bias = random(cols, dtype=parameter_dtype), random(cols, dtype=parameter_dtype)
     check(x, (cols,), weight, bias, random(rows, cols, dtype=dtype))
-    if rows and cols >= SHORTEST:
-        check_sums(rows, cols, dtype, parameter_dtype)
+    if rows:
+        check_sharp(rows, cols, dtype, parameter_dtype)
 
 
 def lengths(switch: int) -> range:
@@ -66,27 +66,46 @@ def lengths(switch: int) -> range:
     return range(max(1, switch - RESIDUES // 2 + 1), switch + RESIDUES // 2 + 1)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(("switches", "kernels"), [SHORT, LONG], ids=["short", "long"])
-def test_every_residue_around_every_switch(arch, switches, kernels):
-    """Architectures, dtypes, schedulers and numbers of rows take turns over the row lengths.
-
-    Of the lengths that need element-wise kernels an architecture sees a third; those that allow
-    vectors run in every dtype, each on another architecture.
-    """
+def run_lengths(arch: str, dtype: torch.dtype, chosen: Sequence[int], kernels: str) -> None:
+    """Schedulers, numbers of rows and dtypes of the parameters take turns; each kernel must run."""
     launched = set()
-    for number, cols in enumerate(cols for switch in switches for cols in lengths(switch)):
-        turn = number + ARCHS.index(arch)
-        if cols % 4 and turn % len(ARCHS):
-            continue
-        rows = 9 if number % 16 == 0 else 1 + number % 2
-        dtype = DTYPES[turn // 3 % 3] if cols % 4 else DTYPES[turn % 3]
+    for turn, cols in enumerate(chosen):
+        rows = 9 if turn % 16 == 0 else 1 + turn % 2
         # two multiprocessors, so that 9 rows leave several partial sums to add up
-        with cuda(arch, number // 3, multiprocessors=1 + (rows == 9)) as session:
-            check_rows(rows, cols, dtype, DTYPES[turn % 2])
+        with cuda(dtype, turn, arch=arch, multiprocessors=1 + (rows == 9)) as session:
+            check_rows(rows, cols, dtype, DTYPES[turn // 2 % 3])
         launched |= {launch.name for launch in session.launches}
-    every = map(readable, build.kernel_names(SOURCE, arch))
-    assert {name for name in every if re.search(kernels, name)} <= launched
+    every = set(map(readable, build.kernel_names(SOURCE, arch)))
+    wanted = {name for name in every if "<" not in name or f"<{CPP_TYPES[dtype]}," in name}
+    assert {name for name in wanted if re.search(kernels, name)} <= launched
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("switches", "kernels"), [SHORT, LONG], ids=["short", "long"])
+def test_every_residue_around_the_switches(dtype, switches, kernels):
+    """Each dtype sees the lengths next to a switch and those that fit vectors, and of the others
+    one in three; of long rows, which take longest, each residue at one of the switches."""
+    chosen = []
+    for turn, cols in enumerate(cols for switch in switches for cols in lengths(switch)):
+        near = min(abs(cols - switch) for switch in switches) <= 1
+        by_turn = (turn + DTYPES.index(dtype)) % 3 == 0
+        at_this_switch = (turn + turn // RESIDUES) % 3 == 0
+        if switches is LONG[0]:
+            take = at_this_switch and (by_turn or cols % 4 == 0)
+        else:
+            take = by_turn or cols % 4 == 0
+        if near or take:
+            chosen.append(cols)
+    run_lengths(CUDA_ARCHS[dtype], dtype, chosen, kernels)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("switches", "kernels"), [SHORT, LONG], ids=["short", "long"])
+def test_every_residue_around_every_switch(arch, dtype, switches, kernels):
+    chosen = [cols for switch in switches for cols in lengths(switch)]
+    run_lengths(arch, dtype, chosen, kernels)
 
 
 def test_the_sweep_names_every_kernel():
@@ -95,14 +114,16 @@ def test_the_sweep_names_every_kernel():
     assert all(re.search(f"{SHORT[1]}|{LONG[1]}", name) for name in every)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_few_and_many_rows(arch):
+@pytest.mark.parametrize(
+    "shift", [0, *(pytest.param(shift, marks=pytest.mark.sweep) for shift in (1, 2))]
+)
+def test_few_and_many_rows(shift):
     """No row, fewer than a block's, and more than the grid has room for at once; the backward with
     column sums in one pass and, for few long rows, in kernels of their own."""
     cases = itertools.product([0, 1, 2, 7, 70, 300], [1, 8, 64, 65])
     for turn, (rows, cols) in enumerate([*cases, (40, 1000), (40, 1001), (33, 2048), (3, 2048)]):
-        dtype = DTYPES[(turn + turn // 4) % 3]
-        with cuda(arch, turn):
+        dtype = DTYPES[(turn + turn // 4 + shift) % 3]
+        with cuda(dtype, turn):
             check_rows(rows, cols, dtype, dtype)
 
 
@@ -111,7 +132,7 @@ def test_every_mix_of_dtypes(cols):
     for turn, (dtype, weight_dtype, bias_dtype) in enumerate(itertools.product(DTYPES, repeat=3)):
         x, dy = random(9, cols, dtype=dtype), random(9, cols, dtype=dtype)
         weight, bias = random(cols, dtype=weight_dtype), random(cols, dtype=bias_dtype)
-        with cuda(ARCHS[turn % 3], turn):
+        with cuda(dtype, turn):
             check(x, (cols,), weight, bias, dy)
 
 
@@ -125,7 +146,7 @@ def test_every_choice_of_gradients_and_parameters(cols):
         mask = [dx, dweight and parameters[0] is not None, dbias and parameters[1] is not None]
         exact = results(F.layer_norm, [x, *parameters], (cols,), dy, dtype=torch.float64)
         torchs = results(F.layer_norm, [x, *parameters], (cols,), dy)
-        with cuda(ARCHS[turn % 3], turn):
+        with cuda(turn=turn):
             backend = choose(x, (cols,), *parameters)
             y, statistics = backend.forward(x, (cols,), *parameters, 1e-5)
             got = backend.backward(dy, x, (cols,), *parameters, statistics, mask)
@@ -143,7 +164,7 @@ def test_misaligned_and_strided_views(cols):
     for turn, (offset, dtype) in enumerate(itertools.product([1, 2, 4], DTYPES)):
         x, dy = (random(3 * cols + offset, dtype=dtype)[offset:].view(3, cols) for _ in range(2))
         weight, bias = (random(cols + offset, dtype=dtype)[offset:] for _ in range(2))
-        with cuda(ARCHS[turn % 3], turn):
+        with cuda(dtype, turn):
             check(x, (cols,), weight, bias, dy)
     wide = random(3, 2 * cols, dtype=torch.float32)
     with cuda():
@@ -157,7 +178,7 @@ def test_large_means_and_constant_rows():
         x = torch.randn(3, cols) + 1000
         x[1] = 5.0
         weight, bias, dy = torch.randn(cols), torch.randn(cols), torch.randn(3, cols)
-        with cuda(ARCHS[turn % 3], turn):
+        with cuda(turn=turn):
             check(x, (cols,), weight, bias, dy, rounded_input=True)
 
 
@@ -166,20 +187,20 @@ def test_several_normalised_dimensions_and_no_elements():
         [((), (5,)), ((2, 3), (4, 5)), ((0,), (7,)), ((2, 0), (8,)), ((4,), (1,))]
     ):
         x, dy = torch.randn(*lead, *shape), torch.randn(*lead, *shape)
-        with cuda(ARCHS[turn % 3], turn):
+        with cuda(turn=turn):
             check(x, shape, torch.randn(shape), torch.randn(shape), dy)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_no_bit_depends_on_the_scheduler(arch):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_bit_depends_on_the_scheduler(dtype):
     """Sums are added in one order, whichever thread comes first and however often it gives way."""
     schedules = [{"schedule": name, "seed": 3} for name in SCHEDULES]
     for rows, cols in [(70, 64), (9, 1001), (9, 2048)]:
-        x, dy = torch.randn(rows, cols), torch.randn(rows, cols)
+        x, dy = (random(rows, cols, dtype=dtype) for _ in range(2))
         weight, bias = torch.randn(cols), torch.randn(cols)
         found = []
         for options in [*schedules, {"schedule": "random", "preempt": 20, "seed": 4}]:
-            with cuda(arch, **options):
+            with cuda(dtype, **options):
                 found.append(results(layer_norm, (x, weight, bias), (cols,), dy))
         for other in found[1:]:
             for first, second in zip(found[0], other, strict=True):
@@ -189,7 +210,7 @@ def test_no_bit_depends_on_the_scheduler(arch):
 def test_there_is_room_for_the_error_of_approximate_instructions():
     """rsqrt.approx of a GPU is another function than the executor's, within the same bound."""
     for seed, dtype in enumerate(DTYPES):
-        with cuda(turn=seed, jitter=True, seed=seed):
+        with cuda(dtype, seed, jitter=True):
             check_rows(5, 64, dtype, dtype)
             check_rows(5, 1001, dtype, dtype)
 

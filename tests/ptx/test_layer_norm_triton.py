@@ -4,8 +4,9 @@ How lengths are swept: a kernel is compiled anew for each power of two that hold
 each number of elements per vector (VEC: 1, 2, 4 or 8, by the length's factors of two) and each set
 of dtypes.  Within one such kernel only masks depend on the length.  So every residue mod 64 is run
 where rows are held (65 to 128) and where they are swept (16385 to 16448), and each BLOCK_N runs at
-its first length, its last and the one before: both sides of every switch.  Dtypes, architectures
-and schedulers take turns over these.
+its first length, its last and the one before: both sides of every switch.  Each BLOCK_N has one
+architecture and one set of dtypes (triton_setting), all of them under the marker `sweep`;
+schedulers take turns.
 """
 
 from __future__ import annotations
@@ -19,39 +20,45 @@ import ptx
 from kernels import dispatch
 from kernels.layer_norm import layer_norm
 from tests.layer_norm.test_layer_norm import check
-from tests.ptx.layer_norm_sums import SHORTEST, check_sums
+from tests.ptx.conftest import SCHEDULES
+from tests.ptx.layer_norm_cases import (
+    BF16,
+    FP16,
+    FP32,
+    TRITON_ARCHS,
+    TRITON_DTYPES,
+    check_sharp,
+    triton_setting,
+)
 
 pytest.importorskip("triton")
 from kernels.layer_norm import triton as forward_module
 from kernels.layer_norm import triton_backward as backward_module
 
-ARCHS = ("sm_80", "sm_90a")
-SCHEDULES = ("round_robin", "reverse", "random")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TURNS = list(zip(itertools.cycle(ARCHS), itertools.cycle(SCHEDULES), range(6)))
+Setting = tuple[str, torch.dtype, torch.dtype]
+SETTINGS = list(itertools.product(TRITON_ARCHS, (BF16, FP16, FP32), (BF16, FP16, FP32)))
 
 
 def run(
-    arch: str,
     schedule: str,
     rows: int,
     cols: int,
-    dtype: torch.dtype,
-    weight_dtype: torch.dtype | None = None,
+    setting: Setting | None = None,
     bias_dtype: torch.dtype | None = None,
 ) -> set[str]:
     """Checks y and all gradients of one call; the names of the kernels it launched.
 
     One multiprocessor: the persistent programs are few and walk over several tiles.
     """
+    arch, dtype, parameter_dtype = setting or triton_setting(cols)
     x, dy = torch.randn(rows, cols).to(dtype), torch.randn(rows, cols).to(dtype)
-    weight = torch.randn(cols).to(weight_dtype or dtype)
-    bias = torch.randn(cols).to(bias_dtype or weight_dtype or dtype)
+    weight = torch.randn(cols).to(parameter_dtype)
+    bias = torch.randn(cols).to(bias_dtype or parameter_dtype)
     options = {"schedule": schedule, "seed": cols, "multiprocessors": 1}
     with ptx.run(arch, **options) as session, dispatch.use("triton"):
         check(x, (cols,), weight, bias, dy)
-        if cols >= SHORTEST:
-            check_sums(rows, cols, dtype, weight_dtype or dtype)
+        if bias_dtype is None:
+            check_sharp(rows, cols, dtype, parameter_dtype)
     return {launch.name for launch in session.launches}
 
 
@@ -64,42 +71,70 @@ def fused_from_few_rows(monkeypatch):
 # ---- every residue mod 64
 
 
-@pytest.mark.parametrize("vec", [1, 2, 4, 8])
-@pytest.mark.parametrize(("arch", "dtype"), [("sm_80", DTYPES[0]), ("sm_90a", DTYPES[2])], ids=str)
-def test_every_length_of_rows_that_are_held(arch, dtype, vec):
-    lengths = [cols for cols in range(65, 129) if min(cols & -cols, 8) == vec]
-    for cols, schedule in zip(lengths, itertools.cycle(SCHEDULES)):
-        names = run(arch, schedule, 150, cols, dtype)
+def of_vector(lengths: range, vec: int) -> list[int]:
+    """Those whose longest vector is of `vec` elements."""
+    return [cols for cols in lengths if min(cols & -cols, 8) == vec]
+
+
+@pytest.mark.parametrize(
+    ("setting", "vec"),
+    [
+        *itertools.product([triton_setting(128)], [1, 2, 4, 8]),
+        *itertools.product([("sm_90a", FP32, FP32)], [1, 8]),
+    ],
+    ids=str,
+)
+def test_every_length_of_rows_that_are_held(setting, vec):
+    for cols, schedule in zip(of_vector(range(65, 129), vec), itertools.cycle(SCHEDULES)):
+        names = run(schedule, 150, cols, setting)
         assert names == {"_forward_kernel", "_backward_kernel", "_sum_shares_kernel"}
 
 
 @pytest.mark.parametrize("vec", [1, 2, 4, 8])
 def test_every_length_of_rows_that_are_swept(vec):
-    arch, dtype = ARCHS[vec > 2], DTYPES[vec % 3]
-    lengths = [cols for cols in range(16385, 16449) if min(cols & -cols, 8) == vec]
-    for cols, schedule in zip(lengths, itertools.cycle(SCHEDULES)):
-        names = run(arch, schedule, 1, cols, dtype)
+    setting = ("sm_80", BF16, FP32) if vec in (2, 4) else triton_setting(16385)
+    for cols, schedule in zip(of_vector(range(16385, 16449), vec), itertools.cycle(SCHEDULES)):
+        names = run(schedule, 1, cols, setting)
         assert names == {"_forward_long_kernel", "_backward_long_kernel", "_sum_rows_kernel"}
 
 
 # ---- both sides of every switch
 
+LAST = [last for last, *_ in forward_module.TILES]
 
-@pytest.mark.parametrize("tier", range(len(forward_module.TILES)))
-def test_around_every_switch_of_tiles(fused_from_few_rows, tier):
-    last = forward_module.TILES[tier][0]
-    arch, dtype = ARCHS[tier % 2], DTYPES[tier % 3]
+
+def test_every_tile_has_its_setting():
+    assert [8 << tile for tile in range(len(TRITON_DTYPES) - 1)] == LAST
+
+
+def run_around(last: int, setting: Setting | None) -> None:
     rows = 150 if last <= 128 else 19 if last <= 1024 else 9
     for cols, schedule in zip((last // 2 + 1, last - 1, last), SCHEDULES, strict=True):
-        run(arch, schedule, rows, cols, dtype)
+        run(schedule, rows, cols, setting)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_dx_alone_and_sums_alone(arch):
-    """Few rows: two kernels.  Without dx: sums over shares of the rows."""
+@pytest.mark.parametrize("last", LAST)
+def test_around_every_switch_of_tiles(fused_from_few_rows, last):
+    run_around(last, None)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("last", LAST)
+def test_around_every_switch_in_every_setting(fused_from_few_rows, last, setting):
+    run_around(last, setting)
+
+
+def test_dx_alone():
+    """Few rows: two kernels."""
     for (rows, cols), schedule in zip([(3, 192), (3, 1000), (2, 16384)], SCHEDULES, strict=True):
-        names = run(arch, schedule, rows, cols, torch.bfloat16)
+        names = run(schedule, rows, cols)
         assert names == {"_forward_kernel", "_backward_kernel", "_sum_rows_kernel"}
+
+
+@pytest.mark.parametrize("arch", TRITON_ARCHS)
+def test_sums_alone(arch):
+    """Without dx: sums over shares of the rows."""
     x, dy = torch.randn(200, 40), torch.randn(200, 40)
     weight = torch.randn(40, requires_grad=True)
     with ptx.run(arch, multiprocessors=1) as session, dispatch.use("triton"):
@@ -112,24 +147,28 @@ def test_dx_alone_and_sums_alone(arch):
 
 # ---- dtypes and absent parameters
 
-MIXES = [
-    (torch.bfloat16, torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16, torch.float16),
-    (torch.float16, torch.float32, torch.bfloat16),
-    (torch.bfloat16, torch.float16, torch.bfloat16),
-]
+
+@pytest.mark.parametrize(
+    ("setting", "bias_dtype"),
+    [
+        (("sm_90a", FP32, BF16), FP16),
+        (("sm_80", FP16, FP32), BF16),
+        pytest.param(("sm_80", BF16, FP32), FP32, marks=pytest.mark.sweep),
+        pytest.param(("sm_90a", BF16, FP16), BF16, marks=pytest.mark.sweep),
+    ],
+    ids=str,
+)
+def test_mixed_dtypes(setting, bias_dtype):
+    run("reverse", 33, 72, setting, bias_dtype)
 
 
-@pytest.mark.parametrize("mix", MIXES, ids=str)
-def test_mixed_dtypes(mix):
-    turn = TURNS[MIXES.index(mix)]
-    run(*turn[:2], 33, 72, *mix)
-
-
-@pytest.mark.parametrize(("with_weight", "with_bias"), [(1, 0), (0, 1), (0, 0)])
-def test_absent_parameters(with_weight, with_bias):
-    arch, schedule, _ = TURNS[2 * with_weight + with_bias]
-    x, dy = torch.randn(33, 72).bfloat16(), torch.randn(33, 72).bfloat16()
-    weight, bias = torch.randn(72).bfloat16(), torch.randn(72).bfloat16()
+@pytest.mark.parametrize(
+    ("with_weight", "with_bias", "schedule"),
+    [(1, 0, "random"), (0, 1, "reverse"), (0, 0, "round_robin")],
+)
+def test_absent_parameters(with_weight, with_bias, schedule):
+    arch, dtype, _ = triton_setting(72)
+    x, dy = torch.randn(33, 72).to(dtype), torch.randn(33, 72).to(dtype)
+    weight, bias = torch.randn(72).to(dtype), torch.randn(72).to(dtype)
     with ptx.run(arch, schedule=schedule), dispatch.use("triton"):
         check(x, (72,), weight if with_weight else None, bias if with_bias else None, dy)

@@ -6,11 +6,12 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 
 import pytest
 
 from ptx import children
-from ptx.mutate import EXPLAINED, TESTS
+from ptx.mutate import EXPLAINED, _grouped, op_tests, ops
 from ptx.mutations import ROOT, mutants, parse
 
 KERNEL = f"""
@@ -111,8 +112,34 @@ def test_the_explained_survivors_are_complete_and_about_lines_that_exist():
     assert keys == sorted(set(keys))
 
 
-def test_the_tests_it_takes_exist():
-    assert all((ROOT / name).exists() for name in TESTS)
+def test_every_op_with_tests_on_the_executor_is_known():
+    assert "layer_norm" in ops()
+    names = {path.name for path in op_tests("layer_norm")}
+    assert {f"test_layer_norm_{part}.py" for part in ("sharp", "cuda", "triton")} <= names
+
+
+def entry(name: str, op: str, folder: str = "csrc", loads: str = "f32") -> str:
+    file = f'.file 1 "{ROOT}/{folder}/common/x.h"\n.file 2 "{ROOT}/{folder}/{op}/x"\n'
+    return f"{file}.visible .entry {name}()\n{{\n\tld.global.{loads} \t%f1, [%rd1];\n}}\n"
+
+
+def test_which_texts_stand_for_a_kernel():
+    """One dtype of a template, bf16 if there is one, in each shape; the ops kept apart."""
+    bf16_4, half_4, half_8, float_4 = (
+        entry(f"_ZN7kernels2op3addI{type}Li{shape}EEEvv", "op")
+        for type, shape in [("13__nv_bfloat16", 4), ("6__half", 4), ("6__half", 8), ("f", 4)]
+    )
+    plain = entry("_ZN7kernels2op5countILi3EEEvv", "op")
+    triton, vectors = entry("add", "op", "kernels"), entry("add", "op", "kernels", "v4.f32")
+    other, of_a_test = entry("add", "another", "kernels"), ".visible .entry test()\n{\n}\n"
+    launches = {bf16_4: 1, half_4: 9, half_8: 2, float_4: 5, plain: 1, triton: 1, vectors: 1}
+    texts = {text: Counter(test=count) for text, count in (launches | {other: 1}).items()}
+    found = _grouped(texts | {of_a_test: Counter(test=1)}, {"test": 1.0})
+    assert {(kernel.op, kernel.texts[0]) for kernel in found} == {
+        *(("op", text) for text in (bf16_4, half_8, plain, triton, vectors)),
+        ("another", other),
+        ("", of_a_test),
+    }
 
 
 # ---- children

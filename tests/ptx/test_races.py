@@ -54,6 +54,8 @@ def pipeline(name: str, waits: str, late: str = "") -> str:
     return kernel(name, PIPELINE.format(waits=waits, late=late), pointers=1)
 
 
+READ = "ld.global.b32 %r5, [%rd1];"
+
 KERNELS = Kernels(
     "".join(
         [
@@ -106,6 +108,26 @@ KERNELS = Kernels(
                 "mov.u32 %r4, %ctaid.x; setp.eq.u32 %p1, %r4, 0; @%p1 ld.global.b32 %r5, [%rd1];"
                 "@!%p1 st.global.b32 [%rd1], 1;",
                 pointers=1,
+            ),
+            # All blocks read a word; the last one then writes.
+            *(
+                kernel(
+                    name,
+                    "mov.u32 %r4, %ctaid.x; mov.u32 %r6, %nctaid.x; sub.u32 %r6, %r6, 1;"
+                    f"setp.eq.u32 %p1, %r4, %r6; {read} @%p1 {write};",
+                    pointers=1,
+                )
+                for name, read, write in [
+                    ("blocks_read_then_store", READ, "st.global.b32 [%rd1], 1"),
+                    ("blocks_read_then_atomic", READ, "red.global.add.u32 [%rd1], 1"),
+                    (
+                        "blocks_read_vector_then_store",
+                        "@!%p1 ld.global.v4.b32 {%r20, %r21, %r22, %r23}, [%rd1];"
+                        "@%p1 ld.global.b32 %r5, [%rd1+8];",
+                        "st.global.b32 [%rd1+8], 1",
+                    ),
+                    ("blocks_read_then_store_next", READ, "st.global.b32 [%rd1+4], 1"),
+                ]
             ),
             kernel(
                 "blocks_apart",
@@ -260,6 +282,24 @@ def test_blocks_are_never_ordered(name: str, forward: str, reverse: str) -> None
     assert run(name, threads=1, blocks=2).kinds == [forward]
     assert run(name, threads=1, blocks=2, schedule=1).kinds == [reverse]
     assert run(name, threads=1, blocks=1).kinds == []
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks_read_then_store", "blocks_read_then_atomic", "blocks_read_vector_then_store"]
+)
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_a_block_that_reads_and_then_writes_what_another_reads(name: str, blocks: int) -> None:
+    """Its own read does not make the other block's forgotten."""
+    assert run(name, threads=1, blocks=blocks).kinds == ["race-WAR-blocks"]
+    assert run(name, threads=1, blocks=blocks, schedule=1).kinds == ["race-RAW-blocks"]
+    assert run(name, threads=1, blocks=1).kinds == []
+
+
+def test_reads_of_one_word_and_a_write_of_the_next_are_clean() -> None:
+    for schedule in range(4):
+        assert (
+            run("blocks_read_then_store_next", blocks=3, threads=1, schedule=schedule).kinds == []
+        )
 
 
 def test_blocks_apart_and_a_launch_after_another_are_clean() -> None:

@@ -1,6 +1,8 @@
-// The element types of the CPU kernels, their codes at the Python boundary, and their dispatch.
+// The element types of the CPU kernels, and their dispatch.
 #pragma once
 #include <cstdint>
+
+#include "common/dtype.h"
 
 namespace kernels {
 
@@ -10,8 +12,6 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Calls f with a value of the C++ type that `dtype` names.
 template <class F>

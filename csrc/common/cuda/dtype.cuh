@@ -10,10 +10,9 @@
 #include <string>
 #include <type_traits>
 
-namespace kernels {
+#include "common/dtype.h"
 
-// Codes by which Python names a dtype (kernels/<op>/cuda.py).
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+namespace kernels {
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }

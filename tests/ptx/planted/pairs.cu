@@ -80,6 +80,18 @@ __device__ __forceinline__ void read_row(float* y) {
 KERNEL reads_own_block(float* y) { read_row<false>(y); }
 KERNEL reads_other_block(float* y) { read_row<true>(y); }
 
+// Every block reads a row, the last one then overwrites it: its own read hides no other's.
+template <bool kOtherBlock>
+__device__ __forceinline__ void add_to_row(float* y) {
+  const int t = threadIdx.x;
+  float* row = y + (kOtherBlock ? 0 : blockIdx.x * 128);
+  const float value = row[t];
+  y[256 + blockIdx.x * 128 + t] = value;
+  if (blockIdx.x == gridDim.x - 1) row[t] = value + 1.f;  // BUG adds_to_other_row
+}
+KERNEL adds_to_own_row(float* y) { add_to_row<false>(y); }
+KERNEL adds_to_other_row(float* y) { add_to_row<true>(y); }
+
 // ---- memory that is not there, or holds nothing yet
 template <int kOffset>
 __device__ __forceinline__ void write_shared(float* y) {

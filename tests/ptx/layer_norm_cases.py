@@ -1,0 +1,90 @@
+"""What the layer norm's tests on the executor share: where a dtype runs, and the sharpest inputs.
+
+With random inputs one lost element of a long row changes its mean by less than bfloat16 rounds.
+`check_sharp` has x = 3 ± 1, and gradients that are 2 ± 3 with the same signs once they are
+multiplied by the weights: both directions that the backward removes, so dx is nearly 0 unless an
+element of a sum is lost, doubled or taken from elsewhere; the statistics and, with float32
+parameters, dweight and dbias are seen in float32 whatever the dtype of x. Weights are powers of two
+and all inputs short fractions, so that nothing is rounded before the kernel sees it.
+The mutation test (ptx/mutate.py) showed the need: half of its mutants of long rows had survived.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.layer_norm import reference
+from kernels.layer_norm.op import choose
+
+EPS = 1e-5
+
+# ---- where a dtype runs by default: its siblings cover the other architectures, and the full
+# product runs under the marker `sweep`
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CUDA_ARCHS = {BF16: "sm_90a", FP16: "sm_80", FP32: "sm_100a"}
+# Of Triton's kernels, which are other ones for each power of two that holds a row, from 8 up, and
+# for rows that are swept.
+TRITON_DTYPES = (FP32, FP16, BF16, FP32, BF16, FP32, FP16, BF16, FP32, FP16, BF16, FP32, FP32)
+TRITON_ARCHS = ("sm_80", "sm_90a")
+
+
+def triton_setting(cols: int) -> tuple[str, torch.dtype, torch.dtype]:
+    """Architecture, dtype, and dtype of the parameters for rows of this length."""
+    tile = min(max(0, (cols - 1).bit_length() - 3), len(TRITON_DTYPES) - 1)
+    dtype = TRITON_DTYPES[tile]
+    return TRITON_ARCHS[tile // 2 % 2], dtype, FP32 if tile % 2 else dtype
+
+
+# ---- the sharpest inputs
+
+
+def balanced_signs(rows: int, cols: int) -> Tensor:
+    """±1 in a random order, as many of each in a row as an odd length allows."""
+    order = torch.rand(rows, cols).argsort(1)
+    return torch.where(order % 2 == 0, 1.0, -1.0)
+
+
+def check_sharp(rows: int, cols: int, dtype: torch.dtype, parameter_dtype: torch.dtype) -> None:
+    """Forward and backward of the backend in use against float64, inside a session."""
+    signs = balanced_signs(rows, cols)
+    scale = 2.0 ** torch.randint(-1, 2, (cols,)) * balanced_signs(1, cols)[0]
+    x, dy = (3 + signs).to(dtype), ((2 + 3 * signs) / scale).to(dtype)
+    weight, bias = (
+        scale.to(parameter_dtype),
+        (torch.randint(-4, 5, (cols,)) / 4).to(parameter_dtype),
+    )
+
+    backend = choose(x, (cols,), weight, bias)
+    y, statistics = backend.forward(x, (cols,), weight, bias, EPS)
+    gradients = backend.backward(dy, x, (cols,), weight, bias, statistics, (True, True, True))
+
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    exact_y = F.layer_norm(leaves[0], (cols,), leaves[1], leaves[2], EPS)
+    exact = torch.autograd.grad(exact_y, leaves, dy.double())
+    exact_statistics = reference.row_statistics(x.double(), (cols,), EPS)
+    xhat = F.layer_norm(x.double(), (cols,), eps=EPS)
+
+    assert_near("statistics", statistics, exact_statistics, 1e-6)
+    assert_near("y", y, exact_y.detach(), 4e-6)
+    # What is added up, of which dx is the small rest.
+    terms = (
+        5.0,
+        (dy.double() * xhat).abs().sum(0).max().item(),
+        dy.double().abs().sum(0).max().item(),
+    )
+    for name, found, right, size in zip(
+        ("dx", "dweight", "dbias"), gradients, exact, terms, strict=True
+    ):
+        assert_near(name, found, right, 2e-6 * size)
+
+
+def assert_near(name: str, found: Tensor, right: Tensor, tolerance: float) -> None:
+    """Up to `tolerance`, of values below 1 absolutely, plus the rounding to its own dtype."""
+    error = (found.double().reshape(right.shape) - right).abs()
+    rounding = torch.finfo(found.dtype).eps * right.abs().max()
+    allowed = tolerance * right.abs().clamp(min=1) + rounding
+    worst = (error - allowed).argmax()
+    where = f"{name}: error {error.view(-1)[worst]:.2e}, allowed {allowed.view(-1)[worst]:.2e}"
+    assert (error <= allowed).all(), where
