@@ -18,7 +18,7 @@ void check_targets(const Call& call) {
                  "%lld and ignore_index",
                  static_cast<long long>(target), static_cast<long long>(row),
                  static_cast<long long>(call.cols - 1));
-    throw pybind11::error_already_set();
+    throw PythonError();
   }
 }
 

@@ -1,8 +1,9 @@
 // Calls from Python into the CPU kernels, cheap enough for small tensors: arguments are read
 // through Python's C API, so no torch header is needed and one binary serves every torch version.
 #pragma once
-#include <pybind11/pybind11.h>
+#include <Python.h>
 
+#include <cstdint>
 #include <new>
 #include <utility>
 
@@ -25,6 +26,29 @@ struct View : Memory {
   int64_t size[kMaxDims], stride[kMaxDims];
 };
 
+struct PythonError {};  // thrown where Python knows already what is wrong
+
+[[noreturn]] inline void raise_type_error(const char* message) {
+  PyErr_SetString(PyExc_TypeError, message);
+  throw PythonError();
+}
+
+// A reference that is given back at the end of the scope.
+class Owned {
+ public:
+  explicit Owned(PyObject* object) : object_(object) {
+    if (!object) throw PythonError();
+  }
+  ~Owned() { Py_XDECREF(object_); }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+
+ private:
+  PyObject* object_;
+};
+
 // torch's types and names, looked up once.
 class Torch {
  public:
@@ -35,31 +59,27 @@ class Torch {
 
   // The code of a tensor's dtype, or -1 where kernels have none.
   int dtype_code(PyObject* tensor) const {
-    const pybind11::object dtype = attribute(tensor, dtype_);
+    const Owned dtype = attribute(tensor, dtype_);
     for (int code = 0; code < kDtypes; code++) {
-      if (dtype.ptr() == dtypes_[code]) return code;
+      if (dtype.get() == dtypes_[code]) return code;
     }
     return -1;
   }
 
   void* address(PyObject* tensor) const {
-    const auto data =
-        pybind11::reinterpret_steal<pybind11::object>(PyObject_CallMethodNoArgs(tensor, data_ptr_));
-    if (!data) throw pybind11::error_already_set();
-    return PyLong_AsVoidPtr(data.ptr());
+    const Owned data(PyObject_CallMethodNoArgs(tensor, data_ptr_));
+    return PyLong_AsVoidPtr(data.get());
   }
 
   View view(PyObject* tensor) const {
     View view{{address(tensor)}, dtype_code(tensor), {}, {}};
-    const pybind11::object shape = attribute(tensor, shape_);
-    const auto strides =
-        pybind11::reinterpret_steal<pybind11::object>(PyObject_CallMethodNoArgs(tensor, stride_));
-    if (!strides) throw pybind11::error_already_set();
-    const Py_ssize_t dims = PyTuple_GET_SIZE(shape.ptr());
-    if (dims > View::kMaxDims) throw pybind11::type_error("accepted are up to four dimensions");
+    const Owned shape = attribute(tensor, shape_);
+    const Owned strides(PyObject_CallMethodNoArgs(tensor, stride_));
+    const Py_ssize_t dims = PyTuple_GET_SIZE(shape.get());
+    if (dims > View::kMaxDims) raise_type_error("accepted are up to four dimensions");
     for (Py_ssize_t i = 0; i < dims; i++) {
-      view.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
-      view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i));
+      view.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), i));
+      view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.get(), i));
     }
     return view;
   }
@@ -67,17 +87,17 @@ class Torch {
   // A torch.Tensor or Parameter, no subclass of them, on the CPU, of a dtype that kernels have.
   bool is_plain(PyObject* x) const {
     auto* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
-    return (type == tensor_ || type == parameter_) && attribute(x, is_cpu_).ptr() == Py_True &&
+    return (type == tensor_ || type == parameter_) && attribute(x, is_cpu_).get() == Py_True &&
            dtype_code(x) >= 0;
   }
 
   // Whether the shape of `x` is that of `tail`, a tuple of ints, after at most `lead` other dims.
   bool ends_in(PyObject* x, PyObject* tail, Py_ssize_t lead) const {
-    const pybind11::object shape = attribute(x, shape_);
-    const Py_ssize_t n = PyTuple_GET_SIZE(tail), before = PyTuple_GET_SIZE(shape.ptr()) - n;
+    const Owned shape = attribute(x, shape_);
+    const Py_ssize_t n = PyTuple_GET_SIZE(tail), before = PyTuple_GET_SIZE(shape.get()) - n;
     if (before < 0 || before > lead) return false;
     for (Py_ssize_t i = 0; i < n; i++) {
-      PyObject *size = PyTuple_GET_ITEM(shape.ptr(), before + i), *want = PyTuple_GET_ITEM(tail, i);
+      PyObject *size = PyTuple_GET_ITEM(shape.get(), before + i), *want = PyTuple_GET_ITEM(tail, i);
       if (PyObject_RichCompareBool(size, want, Py_EQ) != 1) return false;
     }
     return true;
@@ -87,23 +107,18 @@ class Torch {
   static constexpr int kDtypes = 3;
 
   Torch() {
-    const pybind11::object torch = pybind11::module_::import("torch");
-    const pybind11::object nn = attribute(torch.ptr(), name("nn"));
-    tensor_ = attribute(torch.ptr(), name("Tensor")).release().ptr();
-    parameter_ = attribute(nn.ptr(), name("Parameter")).release().ptr();
+    const Owned torch(PyImport_ImportModule("torch")), nn = attribute(torch.get(), name("nn"));
+    tensor_ = attribute(torch.get(), name("Tensor")).release();
+    parameter_ = attribute(nn.get(), name("Parameter")).release();
     const char* dtypes[kDtypes] = {"float32", "bfloat16", "float16"};  // the order of DType
     for (int code = 0; code < kDtypes; code++) {
-      dtypes_[code] = attribute(torch.ptr(), name(dtypes[code])).release().ptr();
+      dtypes_[code] = attribute(torch.get(), name(dtypes[code])).release();
     }
   }
 
   static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
 
-  static pybind11::object attribute(PyObject* x, PyObject* name) {
-    auto value = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(x, name));
-    if (!value) throw pybind11::error_already_set();
-    return value;
-  }
+  static Owned attribute(PyObject* x, PyObject* name) { return Owned(PyObject_GetAttr(x, name)); }
 
   PyObject *tensor_, *parameter_, *dtypes_[kDtypes];  // these and the names are never freed
   PyObject *dtype_ = name("dtype"), *shape_ = name("shape"), *is_cpu_ = name("is_cpu"),
@@ -144,14 +159,14 @@ class Argument {
   operator Tensor() const {
     if (object_ == Py_None) return {{nullptr}, DType::kFloat32};
     const int code = Torch::get().dtype_code(object_);
-    if (code < 0) throw pybind11::type_error("accepted are float32, bfloat16 and float16 tensors");
+    if (code < 0) raise_type_error("accepted are float32, bfloat16 and float16 tensors");
     return {{Torch::get().address(object_)}, DType(code)};
   }
 
  private:
   template <class T>
   static T checked(T value) {
-    if (value == T(-1) && PyErr_Occurred()) throw pybind11::error_already_set();
+    if (value == T(-1) && PyErr_Occurred()) throw PythonError();
     return value;
   }
 
@@ -173,12 +188,9 @@ template <auto function, class R, class... T>
 PyMethodDef entry_point(const char* name, R (*)(T...)) {
   constexpr auto run = [](PyObject*, PyObject* const* arguments, Py_ssize_t count) -> PyObject* {
     try {
-      if (count != sizeof...(T)) throw pybind11::type_error("wrong number of arguments");
+      if (count != sizeof...(T)) raise_type_error("wrong number of arguments");
       return call(function, arguments, std::index_sequence_for<T...>());
-    } catch (pybind11::error_already_set& error) {
-      error.restore();
-    } catch (const pybind11::type_error& error) {
-      error.set_error();
+    } catch (const PythonError&) {
     } catch (const std::bad_alloc&) {
       PyErr_NoMemory();
     }
