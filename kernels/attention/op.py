@@ -82,6 +82,7 @@ class AttentionFunction(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         dout = checks.with_unit_stride(dout)
+        dlse = None if dlse is None else dlse.contiguous()
         found = backend.backward(dout, dlse, *call, out, lse, wanted)
         dquery, dkey, dvalue, dmask, dsinks = (
             gradient if asked else None for gradient, asked in zip(found, wanted, strict=True)

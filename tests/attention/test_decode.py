@@ -51,7 +51,9 @@ def check(query, keys, values, lengths, is_causal=True, dense=None, exact_lse=No
     if query.dtype.itemsize == 2:
         # The bits that 16-bit products lose show in no output; lse may be off by as much as p.
         theirs[1] = theirs[1] + torch.finfo(query.dtype).eps / 64
-    assert_as_exact_as_torch(got, theirs, exact, ("out", "lse"), [0.0, 1.0])
+    # out is a mean of values, which may cancel.
+    terms = [call[2].abs().nanmean().item(), 1.0]
+    assert_as_exact_as_torch(got, theirs, exact, ("out", "lse"), terms)
 
 
 def paged(x: Tensor, order: Tensor) -> Tensor:
