@@ -30,7 +30,9 @@ class Arguments:
 
 
 def run(
-    backend: ModuleType, call: Arguments, output_mask: tuple[bool, ...] = (True,) * 3 + (False, True)
+    backend: ModuleType,
+    call: Arguments,
+    output_mask: tuple[bool, ...] = (True,) * 3 + (False, True),
 ) -> list[Tensor | None]:
     """out, lse, dquery, dkey, dvalue, dsinks."""
     out, lse = backend.forward(*call.forward)

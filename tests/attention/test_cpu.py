@@ -213,7 +213,9 @@ def test_layout_of_results():
 
 
 def copies(call: Arguments) -> list[Tensor | None]:
-    return [x.clone() if isinstance(x, Tensor) else None for x in (call.dout, call.dlse, *call.forward)]
+    return [
+        x.clone() if isinstance(x, Tensor) else None for x in (call.dout, call.dlse, *call.forward)
+    ]
 
 
 def test_inputs_are_left_alone(instruction_set):

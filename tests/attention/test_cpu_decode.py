@@ -85,7 +85,9 @@ def arguments(
         pages = batch * (capacity // page)
         table = torch.randperm(pages).to(torch.int32).view(batch, -1)
     key, key_scale = cache_of((batch, kv_heads, capacity, dim), cache, lengths, page, table)
-    value, value_scale = cache_of((batch, kv_heads, capacity, value_dim), cache, lengths, page, table)
+    value, value_scale = cache_of(
+        (batch, kv_heads, capacity, value_dim), cache, lengths, page, table
+    )
     return (
         torch.randn(batch, heads, queries, dim).to(dtype),
         key,
@@ -102,9 +104,7 @@ def arguments(
 
 
 def to_float64(call: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call
-    )
+    return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call)
 
 
 def check(*positional: Any, **options: Any) -> None:
@@ -115,7 +115,11 @@ def check(*positional: Any, **options: Any) -> None:
     assert_as_exact_as_torch(ours, plain, exact, ("out", "lse"))
 
 
-CACHES = [(d, d) for d in DTYPES] + [(d, torch.int8) for d in DTYPES[:2]] + [(torch.float32, torch.float16)]
+CACHES = (
+    [(d, d) for d in DTYPES]
+    + [(d, torch.int8) for d in DTYPES[:2]]
+    + [(torch.float32, torch.float16)]
+)
 
 
 @pytest.mark.parametrize(("dtype", "cache"), CACHES, ids=str)

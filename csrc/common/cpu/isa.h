@@ -36,15 +36,12 @@ inline constexpr InstructionSet kInstructionSets[] = {
      &avx512_bf16::attention_kernels},
 #endif
 #ifdef KERNELS_HAVE_AVX512
-    {"avx512", has_avx512, &avx512::layer_norm_kernels,
-     &avx512::attention_kernels},
+    {"avx512", has_avx512, &avx512::layer_norm_kernels, &avx512::attention_kernels},
 #endif
 #ifdef KERNELS_HAVE_AVX2
-    {"avx2", has_avx2, &avx2::layer_norm_kernels,
-     &avx2::attention_kernels},
+    {"avx2", has_avx2, &avx2::layer_norm_kernels, &avx2::attention_kernels},
 #endif
-    {"baseline", [] { return true; }, &baseline::layer_norm_kernels,
-     &baseline::attention_kernels},
+    {"baseline", [] { return true; }, &baseline::layer_norm_kernels, &baseline::attention_kernels},
 };
 
 // The one in use: the best supported, until `use_instruction_set` picks another.
