@@ -4,6 +4,6 @@
 namespace kernels::ISA {
 
 const kernels::attention::CpuKernels attention_kernels = {attention::forward, attention::decode,
-                                                            attention::backward};
+                                                          attention::backward};
 
 }  // namespace kernels::ISA

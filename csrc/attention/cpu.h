@@ -33,10 +33,10 @@ struct Call {
   Mask mask;
   const float* alibi_slopes;  // [batch or sequences, heads] or null
   int64_t alibi_batch, alibi_head;
-  const float* sinks;                         // [heads] or null
-  const uint8_t* global_mask;                 // [batch, keys] or null
+  const float* sinks;                          // [heads] or null
+  const uint8_t* global_mask;                  // [batch, keys] or null
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [sequences + 1] or both null
-  int64_t sequences;                          // batch where not packed
+  int64_t sequences;                           // batch where not packed
   bool causal, lower_right;
   int64_t left, right, global_tokens;  // -1: the window is unbounded on that side
   float scale, softcap;                // softcap 0: none
@@ -60,14 +60,14 @@ struct Scales {  // float32 [batch or pages, heads, rows]; absent where data is 
 
 // A few queries, the last of each sequence, against a cache of keys and values.
 struct DecodeCall {
-  DType dtype;               // of query and out
-  bool int8_cache;           // else the cache is of `cache_dtype`
+  DType dtype;      // of query and out
+  bool int8_cache;  // else the cache is of `cache_dtype`
   DType cache_dtype;
   int64_t batch, heads, kv_heads, queries;
   int head_dim, value_dim;
   Heads query, out;
-  float* lse;                // [batch, heads, queries]
-  Heads key, value;          // with a block table the first dimension is pages
+  float* lse;        // [batch, heads, queries]
+  Heads key, value;  // with a block table the first dimension is pages
   Scales key_scale, value_scale;
   const int32_t* lengths;      // [batch]
   const int32_t* block_table;  // [batch, table_row] or null

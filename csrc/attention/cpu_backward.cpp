@@ -1,10 +1,11 @@
 // Attention backward on CPUs: which thread does which tiles; compiled once per instruction set.
 //
 // Where there are heads enough, a thread takes a key head with all query heads it serves, and its
-// dK and dV stay with that thread.  Else threads share a head: chunks of queries meet chunks of keys
-// in waves, query chunk I and key chunk I - w in wave w, so that in a wave no two threads add to the
-// same rows.  Either way every sum is taken in the same order: dQ from the last key to the first, dK
-// and dV from the first query to the last.  Results do not depend on the number of threads.
+// dK and dV stay with that thread.  Else threads share a head: chunks of queries meet chunks of
+// keys in waves, query chunk I and key chunk I - w in wave w, so that in a wave no two threads add
+// to the same rows.  Either way every sum is taken in the same order: dQ from the last key to the
+// first, dK and dV from the first query to the last.  Results do not depend on the number of
+// threads.
 #include "attention/cpu_gradients.h"
 #include "attention/cpu_kernels.h"
 #include "common/cpu/parallel.h"
@@ -113,7 +114,8 @@ void run_unit(const Call& c, const Gradients& g, const Unit& u, GradientWorkspac
         end = greatest(end, range.end);
       }
       add_keys(h, count, begin, end, u.dkey, u.dvalue, w);
-      for (int i = 0; i < count && g.dquery.data; i++) store_dq(h, g, w.tiles[i].tile, w.tiles[i].dq);
+      for (int i = 0; i < count && g.dquery.data; i++)
+        store_dq(h, g, w.tiles[i].tile, w.tiles[i].dq);
     }
   }
 }
@@ -169,7 +171,8 @@ void run_waves(const Call& c, const Gradients& g, const Unit* units, int64_t cou
   auto for_tile = [&](int64_t item, auto f) {
     const Head h = units[item / chunks.tiles].head(c, member);
     const int64_t query = item % chunks.tiles * kQueries;
-    if (query < h.sequence.queries) f(h, h.pattern.tile(h.sequence, int(query)), dq + item * dq_floats(c));
+    if (query < h.sequence.queries)
+      f(h, h.pattern.tile(h.sequence, int(query)), dq + item * dq_floats(c));
   };
 #pragma omp for schedule(static)
   for (int64_t item = 0; item < count * chunks.tiles; item++) {
@@ -184,8 +187,8 @@ void run_waves(const Call& c, const Gradients& g, const Unit* units, int64_t cou
       const int64_t unit = item / chunks.queries, query_chunk = item % chunks.queries;
       const int64_t key_chunk = query_chunk - wave;
       if (key_chunk < 0 || key_chunk >= chunks.keys) continue;
-      run_pair(units[unit].head(c, member), g, units[unit], chunks.per_chunk, query_chunk, key_chunk,
-               dq + unit * chunks.tiles * dq_floats(c), w);
+      run_pair(units[unit].head(c, member), g, units[unit], chunks.per_chunk, query_chunk,
+               key_chunk, dq + unit * chunks.tiles * dq_floats(c), w);
     }
   }
   if (!g.dquery.data) return;

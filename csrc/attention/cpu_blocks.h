@@ -48,7 +48,8 @@ Operand columns_operand(const Head& h, const Heads& x, int64_t head, int64_t beg
 template <class Dot>
 Operand rows_operand(const Head& h, const Heads& x, int64_t head, int64_t begin, int64_t end,
                      int columns, float* buffer) {
-  if constexpr (Dot::kPack == 1) return columns_operand<Dot>(h, x, head, begin, end, columns, buffer);
+  if constexpr (Dot::kPack == 1)
+    return columns_operand<Dot>(h, x, head, begin, end, columns, buffer);
   dispatch_element<Dot>(h.call.dtype, [&](auto type) {
     pack_rows<Dot::kPack>(h.rows<const decltype(type)>(x, head, begin), x.row, int(end - begin),
                           columns, buffer, packed_row(columns));

@@ -2,9 +2,9 @@
 //
 // Every row of the cache is read once for all query heads it serves, so memory is the limit.  Keys
 // are cut into parts of fixed length, which threads share and whose results are combined in order:
-// results do not depend on the number of threads.  Scores run along the vector; while a block's keys
-// are worked on its values are fetched, and the next block's keys meanwhile: the hardware does not
-// look that far ahead.
+// results do not depend on the number of threads.  Scores run along the vector; while a block's
+// keys are worked on its values are fetched, and the next block's keys meanwhile: the hardware does
+// not look that far ahead.
 #include "attention/cpu_kernels.h"
 #include "attention/cpu_math.h"
 #include "attention/cpu_pack.h"
@@ -83,8 +83,8 @@ SIMD_INLINE void add_values_at(const float* weight, Rows<T> values, int count, i
     const vf w = set1(weight[j]);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) {
-      sum[v] += w * load_some(values.data + j * values.stride + v * kLanes,
-                              kVectors > 1 ? kLanes : dims);
+      sum[v] +=
+          w * load_some(values.data + j * values.stride + v * kLanes, kVectors > 1 ? kLanes : dims);
     }
   }
 #pragma GCC unroll 4
@@ -134,7 +134,8 @@ SIMD_INLINE float finish_scores(const DecodeCall& c, Query q, int key, int count
     vf x = load(s + j) * set1(c.scale);
     if (key_scale) {
       vf scale{};
-      for (int i = 0; i < kLanes && j + i < count; i++) scale[i] = key_scale[(j + i) * scale_stride];
+      for (int i = 0; i < kLanes && j + i < count; i++)
+        scale[i] = key_scale[(j + i) * scale_stride];
       x *= scale;
     }
     if (c.softcap != 0) x = tanh_of(x * set1(1 / c.softcap)) * set1(c.softcap);
@@ -250,7 +251,8 @@ struct Visible {
   bool any(int key, int key_end) const { return key < globals || key_end > begin; }
 };
 
-// Keys [begin, end) of one key head; the results of its queries lie at `partials`, one after another.
+// Keys [begin, end) of one key head; the results of its queries lie at `partials`, one after
+// another.
 template <class T>
 void decode_part(const DecodeCall& c, int64_t batch, int64_t kv_head, int begin, int end,
                  const Visible& visible, float* partials, Workspace& w) {
@@ -285,7 +287,8 @@ void decode_part(const DecodeCall& c, int64_t batch, int64_t kv_head, int begin,
                      x.row};
     };
     auto scales_in = [&](const kernels::attention::Scales& x) {
-      return x.data ? x.data + place.page * x.batch + kv_head * x.head + place.row * x.row : nullptr;
+      return x.data ? x.data + place.page * x.batch + kv_head * x.head + place.row * x.row
+                    : nullptr;
     };
     const float *key_scale = scales_in(c.key_scale), *value_scale = scales_in(c.value_scale);
     const bool widens = sizeof(T) != sizeof(float) && count > 1;
@@ -370,8 +373,8 @@ void decode_with(const DecodeCall& c) {
       if (visible.globals <= begin && from < visible.begin) {
         from = visible.begin < end ? visible.begin : end;
       }
-      decode_part<T>(c, batch, unit % c.kv_heads, from, end, visible,
-                     partials + item * part_stride, w);
+      decode_part<T>(c, batch, unit % c.kv_heads, from, end, visible, partials + item * part_stride,
+                     w);
     }
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < units * rows; item++) {

@@ -1,9 +1,9 @@
 // Attention forward on CPUs; compiled once per instruction set.
 //
-// A thread takes tiles of 64 queries and walks the blocks of 64 keys they see with a running maximum
-// and sum (M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018).
-// Everything is transposed: queries run along the vector, keys and head dims are broadcast, so
-// maximum, sum and rescaling need no horizontal operation.
+// A thread takes tiles of 64 queries and walks the blocks of 64 keys they see with a running
+// maximum and sum (M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax",
+// 2018). Everything is transposed: queries run along the vector, keys and head dims are broadcast,
+// so maximum, sum and rescaling need no horizontal operation.
 //
 //     S^T[j][i] = K[j][:] . Q[i][:]         A = K,   B = Q^T
 //     O^T[d][i] = sum_j V[j][d] P^T[j][i]   A = V,   B = P^T
@@ -31,8 +31,7 @@ struct Workspace {
 
   static int64_t floats(const Call& c) {
     return kKeys * (4 * kQueries + packed_row(c.head_dim) + packed_row(c.value_dim)) +
-           kTilesPerGroup * kQueries *
-               (round_up(c.head_dim, 16) + round_up(c.value_dim, 16) + 3);
+           kTilesPerGroup * kQueries * (round_up(c.head_dim, 16) + round_up(c.value_dim, 16) + 3);
   }
   Workspace(const Call& c, ThreadMemory& memory) {
     for (float** block : {&scores, &pairs, &mask, &dropout}) *block = memory.take(kKeys * kQueries);
@@ -50,8 +49,9 @@ void begin_tile(const Head& h, TileState& t, auto dot) {
   using Dot = decltype(dot);
   const Call& c = h.call;
   dispatch_element<Dot>(c.dtype, [&](auto type) {
-    pack_transposed<Dot::kPack>(h.rows<const decltype(type)>(c.query, h.number, h.first_query(t.tile)),
-                                c.query.row, t.tile.rows, c.head_dim, t.q);
+    pack_transposed<Dot::kPack>(
+        h.rows<const decltype(type)>(c.query, h.number, h.first_query(t.tile)), c.query.row,
+        t.tile.rows, c.head_dim, t.q);
   });
   memset(t.out, 0, sizeof(float) * round_up(c.value_dim, kLanes) * kQueries);
   const float sink = c.sinks ? c.sinks[h.number] : -INFINITY;
@@ -61,7 +61,8 @@ void begin_tile(const Head& h, TileState& t, auto dot) {
   }
 }
 
-// Running maximum and sum of vector `v` of a rectangle, whose scores, times `scale`, become weights.
+// Running maximum and sum of vector `v` of a rectangle, whose scores, times `scale`, become
+// weights.
 template <bool kCut>
 SIMD_INLINE void softmax_column(const Rectangle& r, const Pattern& p, const TileState& t, int v,
                                 float scale, float* s) {
@@ -198,9 +199,10 @@ void forward_with(const Call& c) {
   const int64_t tiles = (longest + kQueries - 1) / kQueries, heads = c.sequences * c.heads;
   const int threads = threads_for_scores(c);
   // Packing is shared where that leaves every thread enough to do.
-  const bool packs = Dot::kPack != 1 || c.dtype != DType::kFloat32 ||
-                     !close_together(c.key.row, c.head_dim);
-  const int64_t per_group = packs && heads * tiles >= 8 * kTilesPerGroup * threads ? kTilesPerGroup : 1;
+  const bool packs =
+      Dot::kPack != 1 || c.dtype != DType::kFloat32 || !close_together(c.key.row, c.head_dim);
+  const int64_t per_group =
+      packs && heads * tiles >= 8 * kTilesPerGroup * threads ? kTilesPerGroup : 1;
   const int64_t groups = (tiles + per_group - 1) / per_group;
   on_threads(threads, [&] {
     ThreadMemory memory(Workspace::floats(c));

@@ -33,7 +33,7 @@ struct TileGradients {
 
 template <class Dot>
 struct GradientWorkspace {
-  float *weights, *dweights;     // [kKeys][kQueries]: S^T, then P^T; dP^T, then scale * dS^T
+  float *weights, *dweights;      // [kKeys][kQueries]: S^T, then P^T; dP^T, then scale * dS^T
   float *mask, *slope, *dropout;  // [kKeys][kQueries]
   float *weight_rows, *dweight_rows, *dweight_pairs;  // both as pairs of queries, pairs of keys
   float *key, *key_rows, *value;                      // packed blocks
@@ -78,7 +78,8 @@ inline void write_delta(const Head& h, const Gradients& g, const Tile& t) {
       vf total{};
       for (int d = 0; d < c.value_dim; d += kLanes) {
         const int some = c.value_dim - d;
-        total += load_some(out + i * c.out.row + d, some) * load_some(dout + i * g.dout.row + d, some);
+        total +=
+            load_some(out + i * c.out.row + d, some) * load_some(dout + i * g.dout.row + d, some);
       }
       delta[i] = sum(total) - (dlse ? dlse[i * g.dlse_query] : 0.f);
     }
@@ -109,9 +110,9 @@ void load_tile(const Head& h, const Gradients& g, TileGradients& t) {
 
 // Vector `v` of a rectangle: scores times `score_scale` to weights, dP to scale * dS.
 template <bool kCut>
-SIMD_INLINE void gradient_column(const Rectangle& r, const Pattern& p, const TileGradients& t, int v,
-                                 float score_scale, float scale, const float* slope, float* weights,
-                                 float* dweights) {
+SIMD_INLINE void gradient_column(const Rectangle& r, const Pattern& p, const TileGradients& t,
+                                 int v, float score_scale, float scale, const float* slope,
+                                 float* weights, float* dweights) {
   const vi position = lane_numbers() + set1(t.tile.position + v * kLanes);
   const vf lse = load(t.lse + v * kLanes), delta = load(t.delta + v * kLanes);
 #pragma GCC unroll 2
@@ -151,9 +152,11 @@ void rectangle_weights(const Head& h, const TileGradients& t, const Rectangle& r
   const float score_scale = modified ? 1.f : c.scale;
   for (int v = r.first_vector; v < r.end_vector; v++) {
     if (r.cut && !modified && !vector_sees_all(h.pattern, t.tile, r, v)) {
-      gradient_column<true>(r, h.pattern, t, v, score_scale, c.scale, nullptr, w.weights, w.dweights);
+      gradient_column<true>(r, h.pattern, t, v, score_scale, c.scale, nullptr, w.weights,
+                            w.dweights);
     } else {
-      gradient_column<false>(r, h.pattern, t, v, score_scale, c.scale, slope, w.weights, w.dweights);
+      gradient_column<false>(r, h.pattern, t, v, score_scale, c.scale, slope, w.weights,
+                             w.dweights);
     }
   }
   if (c.dropout_p != 0) multiply(r, w.weights, w.dropout);
@@ -205,8 +208,8 @@ void add_rectangle(const Head& h, const TileGradients& t, const Rectangle& r, co
 }
 
 // Adds what tiles [0, count) of the workspace get from keys [begin, end), a range that begins at a
-// multiple of kKeys.  Blocks are taken from the last to the first and tiles in order, so that sums do
-// not depend on how keys and tiles were divided between calls.
+// multiple of kKeys.  Blocks are taken from the last to the first and tiles in order, so that sums
+// do not depend on how keys and tiles were divided between calls.
 template <class Dot>
 void add_keys(const Head& h, int count, int begin, int end, Sums dkey, Sums dvalue,
               GradientWorkspace<Dot>& w) {
@@ -222,7 +225,8 @@ void add_keys(const Head& h, int count, int begin, int end, Sums dkey, Sums dval
           const int64_t row = s.key_row + key, row_end = s.key_row + key_end, head = h.kv_head();
           operands.begin = key;
           operands.key = columns_operand<Dot>(h, c.key, head, row, row_end, c.head_dim, w.key);
-          operands.value = columns_operand<Dot>(h, c.value, head, row, row_end, c.value_dim, w.value);
+          operands.value =
+              columns_operand<Dot>(h, c.value, head, row, row_end, c.value_dim, w.value);
           operands.key_rows = operands.key;
           if constexpr (Dot::kPack == 2) {
             operands.key_rows =

@@ -18,8 +18,8 @@ SIMD_INLINE vi lane_numbers() {
 // Relative error 2e-7.
 //
 // e^x = 2^(n + f) with the integer n nearest to x log2(e): adding 1.5 * 2^23 leaves n in the low
-// mantissa bits.  The polynomial is the minimax of 2^f on [-1/2, 1/2] among those that are 1 at 0, so
-// that e^0 is.
+// mantissa bits.  The polynomial is the minimax of 2^f on [-1/2, 1/2] among those that are 1 at 0,
+// so that e^0 is.
 SIMD_INLINE vf exp_nonpositive(vf x) {
   const vf magic = set1(12582912.f), log2e = set1(1.44269504088896341f), smallest = set1(-87.3f);
   const vf t = x * log2e + magic, n = t - magic, f = x * log2e - n;
@@ -95,7 +95,8 @@ SIMD_INLINE Random philox(uint64_t seed, vu c0, uint32_t c1, uint32_t c2) {
   vu x0 = c0, x1 = vu{} + c1, x2 = vu{} + c2, x3{};
 #pragma GCC unroll 10
   for (int round = 0; round < 10; round++) {
-    const WideProduct first = multiply_wide(x0, 0xd2511f53u), second = multiply_wide(x2, 0xcd9e8d57u);
+    const WideProduct first = multiply_wide(x0, 0xd2511f53u),
+                      second = multiply_wide(x2, 0xcd9e8d57u);
     x0 = second.high ^ x1 ^ k0;
     x1 = second.low;
     x2 = first.high ^ x3 ^ k1;

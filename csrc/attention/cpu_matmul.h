@@ -3,8 +3,8 @@
 //     C[r][n] (+)= sum_k A[r][k] B[k][n]      n runs along the vector, A is broadcast
 //
 // A and B are arrays of 32-bit steps: one float, or a pair of bfloat16 neighbours along k, which is
-// what vdpbf16ps multiplies.  Broadcasting a step is the same instruction for both, so all loops are
-// shared and only `Dot::multiply_add` differs.
+// what vdpbf16ps multiplies.  Broadcasting a step is the same instruction for both, so all loops
+// are shared and only `Dot::multiply_add` differs.
 #pragma once
 #include "common/cpu/simd.h"
 

@@ -15,8 +15,8 @@ constexpr int kKeys = 64;     // of a block
 
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Floats from one packed row to the next.  Whole multiples of 512 bytes would put the same column of
-// 64 rows into a few sets of the cache.
+// Floats from one packed row to the next.  Whole multiples of 512 bytes would put the same column
+// of 64 rows into a few sets of the cache.
 constexpr int packed_row(int columns) {
   const int padded = round_up(columns, 16);
   return padded % 128 == 0 ? padded + 16 : padded;
@@ -110,9 +110,9 @@ void pack_rows(const T* x, int64_t row, int rows, int columns, float* out, int o
 // The two rounded to bfloat16, lane by lane: `even` in the low half, `odd` in the high one.
 SIMD_INLINE vf pair(vf even, vf odd) {
 #if defined(__AVX512BF16__)
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
-                                              24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
-                                              16, 0);
+  const __m512i interleave =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
   return (vf)_mm512_permutexvar_epi16(interleave, both);
 #else

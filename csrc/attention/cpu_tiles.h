@@ -12,8 +12,8 @@ using kernels::attention::Heads;
 using kernels::attention::Mask;
 using kernels::attention::MaskKind;
 
-constexpr int kStrip = 16;           // keys that are cut off together at the edge of a band
-constexpr int kFar = 1 << 30;        // stands for an unbounded side of a window
+constexpr int kStrip = 16;     // keys that are cut off together at the edge of a band
+constexpr int kFar = 1 << 30;  // stands for an unbounded side of a window
 
 SIMD_INLINE int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
 SIMD_INLINE int greatest(int64_t a, int64_t b) { return int(a > b ? a : b); }
@@ -24,7 +24,7 @@ struct Sequence {
   int64_t batch;               // entry that holds it
   int64_t query_row, key_row;  // its first rows
   int queries, keys;
-  int offset;                  // query i stands at position i + offset among the keys
+  int offset;  // query i stands at position i + offset among the keys
 
   Sequence() = default;
   Sequence(const Call& c, int64_t n) : number(n) {
@@ -92,9 +92,10 @@ struct Pattern {
   }
 };
 
-// Keys [begin, end) that the tile's queries can see: multiples of kKeys, or the end of the sequence.
+// Keys [begin, end) that the tile's queries can see: multiples of kKeys, or the end of the
+// sequence.
 struct KeyRange {
-  int begin, end;          // of all
+  int begin, end;            // of all
   int near_begin, near_end;  // without the global positions
 
   KeyRange(const Sequence& s, const Pattern& p, const Tile& t) {
@@ -109,9 +110,9 @@ struct KeyRange {
 };
 
 struct Rectangle {
-  int key, keys;                   // keys [key, key + keys)
-  int first_vector, end_vector;    // of the tile's queries
-  bool cut;                        // some pairs in it are hidden
+  int key, keys;                 // keys [key, key + keys)
+  int first_vector, end_vector;  // of the tile's queries
+  bool cut;                      // some pairs in it are hidden
 };
 
 // f(rectangle) for what the tile sees of the keys [begin, end) of a block.
@@ -146,8 +147,7 @@ SIMD_INLINE void for_each_rectangle(const Pattern& p, const Tile& t, int begin, 
     if (first >= past) continue;
     const int first_vector = first / kLanes, end_vector = (past + kLanes - 1) / kLanes;
     const int last = least(end_vector * kLanes, t.rows) - 1;
-    const bool cut =
-        !p.all_near(from, to, t.position + first_vector * kLanes, t.position + last);
+    const bool cut = !p.all_near(from, to, t.position + first_vector * kLanes, t.position + last);
     f(Rectangle{from, to - from, first_vector, end_vector, cut});
   }
 }

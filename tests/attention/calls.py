@@ -30,7 +30,9 @@ class Arguments:
 
 
 def run(
-    backend: ModuleType, call: Arguments, output_mask: tuple[bool, ...] = (True,) * 3 + (False, True)
+    backend: ModuleType,
+    call: Arguments,
+    output_mask: tuple[bool, ...] = (True,) * 3 + (False, True),
 ) -> list[Tensor | None]:
     """out, lse, dquery, dkey, dvalue, dsinks."""
     out, lse = backend.forward(*call.forward)
@@ -110,7 +112,7 @@ def arguments(
     value = _laid_out((batch, kv_heads, keys, value_dim), dtype, layout)
     dout_layout = "one row" if layout == "expanded" else layout  # as the gradient of a sum
     dout = _laid_out((batch, heads, queries, value_dim), dtype, dout_layout)
-    ends = [None, None]
+    ends: list[Tensor | None] = [None, None]
     longest, sequences = (queries, keys), batch
     if lengths is not None:
         ends = [torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in lengths]

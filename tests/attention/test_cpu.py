@@ -100,17 +100,17 @@ def test_head_dims(dim):
 
 
 PATTERNS = {
-    "lower right": dict(causal=True, lower_right=True),
-    "window": dict(causal=True, left=50),
-    "window of blocks": dict(causal=True, left=63, lower_right=True),
-    "one key": dict(left=0, right=0),
-    "both sides": dict(left=20, right=70),
-    "right only": dict(right=5, lower_right=True),
-    "globals": dict(left=30, right=10, global_tokens=5, lower_right=True),
-    "causal globals": dict(left=30, causal=True, global_tokens=17),
-    "global mask": dict(left=9, right=30, global_share=0.03),
-    "causal global mask": dict(left=40, causal=True, global_tokens=2, global_share=0.02),
-    "all global": dict(left=1, right=1, global_tokens=1000),
+    "lower right": {"causal": True, "lower_right": True},
+    "window": {"causal": True, "left": 50},
+    "window of blocks": {"causal": True, "left": 63, "lower_right": True},
+    "one key": {"left": 0, "right": 0},
+    "both sides": {"left": 20, "right": 70},
+    "right only": {"right": 5, "lower_right": True},
+    "globals": {"left": 30, "right": 10, "global_tokens": 5, "lower_right": True},
+    "causal globals": {"left": 30, "causal": True, "global_tokens": 17},
+    "global mask": {"left": 9, "right": 30, "global_share": 0.03},
+    "causal global mask": {"left": 40, "causal": True, "global_tokens": 2, "global_share": 0.02},
+    "all global": {"left": 1, "right": 1, "global_tokens": 1000},
 }
 
 
@@ -122,28 +122,35 @@ def test_patterns(instruction_set, dtype, pattern):
 
 
 FEATURES = {
-    "bool mask": dict(mask="bool"),
-    "bool mask for all heads": dict(mask="bool heads"),
-    "padding mask": dict(mask="padding"),
-    "float mask": dict(mask="float"),
-    "float mask per query": dict(mask="query"),
-    "float mask of one value": dict(mask="one"),
-    "float mask in the dtype": dict(mask="same dtype"),
-    "softcap": dict(softcap=2.0, causal=True),
-    "small softcap": dict(softcap=0.3),
-    "alibi": dict(alibi=True, causal=True, lower_right=True),
-    "alibi both ways": dict(alibi=True),
-    "sinks": dict(sinks=True, causal=True),
-    "dlse": dict(dlse=True, causal=True),
-    "dropout": dict(dropout=0.3, causal=True),
-    "little dropout": dict(dropout=1e-5),
-    "drop all": dict(dropout=1.0),
-    "no scale": dict(scale=0.0),
-    "negative scale": dict(scale=-0.5),
-    "large scores": dict(scale=5.0, causal=True),
-    "all": dict(
-        mask="float", softcap=5.0, alibi=True, sinks=True, dlse=True, dropout=0.2, left=40, right=70
-    ),
+    "bool mask": {"mask": "bool"},
+    "bool mask for all heads": {"mask": "bool heads"},
+    "padding mask": {"mask": "padding"},
+    "float mask": {"mask": "float"},
+    "float mask per query": {"mask": "query"},
+    "float mask of one value": {"mask": "one"},
+    "float mask in the dtype": {"mask": "same dtype"},
+    "softcap": {"softcap": 2.0, "causal": True},
+    "small softcap": {"softcap": 0.3},
+    "alibi": {"alibi": True, "causal": True, "lower_right": True},
+    "alibi both ways": {"alibi": True},
+    "sinks": {"sinks": True, "causal": True},
+    "dlse": {"dlse": True, "causal": True},
+    "dropout": {"dropout": 0.3, "causal": True},
+    "little dropout": {"dropout": 1e-5},
+    "drop all": {"dropout": 1.0},
+    "no scale": {"scale": 0.0},
+    "negative scale": {"scale": -0.5},
+    "large scores": {"scale": 5.0, "causal": True},
+    "all": {
+        "mask": "float",
+        "softcap": 5.0,
+        "alibi": True,
+        "sinks": True,
+        "dlse": True,
+        "dropout": 0.2,
+        "left": 40,
+        "right": 70,
+    },
 }
 
 
@@ -158,7 +165,13 @@ def test_features(instruction_set, dtype, feature):
 def test_packed_sequences(instruction_set, dtype, lower_right):
     # No keys, no queries, neither, one of each, more than a tile.
     lengths = ([5, 0, 0, 1, 70, 130], [0, 9, 0, 1, 90, 65])
-    options = dict(lengths=lengths, alibi=True, dropout=0.2, dlse=True, lower_right=lower_right)
+    options = {
+        "lengths": lengths,
+        "alibi": True,
+        "dropout": 0.2,
+        "dlse": True,
+        "lower_right": lower_right,
+    }
     check(dtype, shape=(1, 4, 2, 206, 165, 16, 24), causal=True, **options)
     check(dtype, shape=(1, 2, 2, 206, 165, 16, 24), left=20, right=3, global_tokens=2, **options)
 
@@ -213,11 +226,20 @@ def test_layout_of_results():
 
 
 def copies(call: Arguments) -> list[Tensor | None]:
-    return [x.clone() if isinstance(x, Tensor) else None for x in (call.dout, call.dlse, *call.forward)]
+    return [
+        x.clone() if isinstance(x, Tensor) else None for x in (call.dout, call.dlse, *call.forward)
+    ]
 
 
 def test_inputs_are_left_alone(instruction_set):
-    options = dict(mask="float", alibi=True, sinks=True, dlse=True, dropout=0.1, layout="sliced")
+    options = {
+        "mask": "float",
+        "alibi": True,
+        "sinks": True,
+        "dlse": True,
+        "dropout": 0.1,
+        "layout": "sliced",
+    }
     call = arguments(torch.float32, shape=(2, 2, 2, 70, 80, 20, 20), **options)
     before = copies(call)
     run(cpu, call)
@@ -227,14 +249,16 @@ def test_inputs_are_left_alone(instruction_set):
 
 
 THREADED = {
-    "few heads": dict(shape=(1, 3, 3, 700, 700, 32, 32), causal=True),
-    "one head": dict(shape=(1, 1, 1, 1100, 900, 16, 24), causal=True, lower_right=True),
-    "not causal": dict(shape=(1, 1, 1, 600, 1000, 20, 20), dlse=True),
-    "window": dict(shape=(1, 1, 1, 900, 900, 16, 16), left=100, right=70, global_tokens=3),
-    "groups": dict(shape=(1, 6, 1, 300, 520, 16, 16), causal=True, sinks=True, dropout=0.1),
-    "packed": dict(
-        shape=(1, 2, 1, 900, 900, 16, 16), lengths=([300, 0, 600], [10, 290, 600]), causal=True
-    ),
+    "few heads": {"shape": (1, 3, 3, 700, 700, 32, 32), "causal": True},
+    "one head": {"shape": (1, 1, 1, 1100, 900, 16, 24), "causal": True, "lower_right": True},
+    "not causal": {"shape": (1, 1, 1, 600, 1000, 20, 20), "dlse": True},
+    "window": {"shape": (1, 1, 1, 900, 900, 16, 16), "left": 100, "right": 70, "global_tokens": 3},
+    "groups": {"shape": (1, 6, 1, 300, 520, 16, 16), "causal": True, "sinks": True, "dropout": 0.1},
+    "packed": {
+        "shape": (1, 2, 1, 900, 900, 16, 16),
+        "lengths": ([300, 0, 600], [10, 290, 600]),
+        "causal": True,
+    },
 }
 
 
@@ -268,7 +292,8 @@ def test_no_keys(instruction_set):
     for sinks in (False, True):
         call = arguments(torch.float32, shape=(2, 2, 1, 5, 0, 8, 8), sinks=sinks, dlse=True)
         out, lse, dquery, dkey, dvalue, dsinks = run(cpu, call)
-        assert not out.any() and not dquery.any()
+        assert not out.any()
+        assert not dquery.any()
         assert dkey.shape == dvalue.shape == (2, 1, 0, 8)
         if sinks:
             torch.testing.assert_close(lse, call.forward[5][:, None].expand(2, 2, 5))
@@ -282,7 +307,8 @@ def test_rows_that_see_nothing(instruction_set, dtype):
     call = arguments(dtype, shape=(1, 2, 2, 100, 100, 16, 16), mask="bool", dlse=True)
     call.forward[3][:, :, 40:75] = False
     out, lse, dquery, *_ = run(cpu, call)
-    assert not out[:, :, 40:75].any() and not dquery[:, :, 40:75].any()
+    assert not out[:, :, 40:75].any()
+    assert not dquery[:, :, 40:75].any()
     assert (lse[:, :, 40:75] == -torch.inf).all()
     exact, plain = run(reference, call.to(torch.float64)), run(reference, call)
     assert_as_exact_as_torch(run(cpu, call), plain, exact, NAMES)
@@ -295,7 +321,7 @@ def test_not_finite(instruction_set, place, value):
     call = arguments(torch.float32, shape=(1, 1, 1, 150, 150, 16, 16), causal=True)
     call.forward[["query", "key", "value"].index(place)][0, 0, 100, 3] = value
     ours, plain = run(cpu, call)[:2], run(reference, call)[:2]
-    # Plain torch multiplies hidden values by 0, which is NaN; a kernel does so in strips of 16 keys.
+    # Hidden values times 0 are NaN: everywhere in plain torch, in strips of 16 keys in a kernel.
     compared = slice(100, None) if place == "value" else slice(None)
     for one, other, name in zip(ours, plain, NAMES, strict=False):
         assert torch.equal(one[0, 0, compared].isnan(), other[0, 0, compared].isnan()), name

@@ -85,7 +85,9 @@ def arguments(
         pages = batch * (capacity // page)
         table = torch.randperm(pages).to(torch.int32).view(batch, -1)
     key, key_scale = cache_of((batch, kv_heads, capacity, dim), cache, lengths, page, table)
-    value, value_scale = cache_of((batch, kv_heads, capacity, value_dim), cache, lengths, page, table)
+    value, value_scale = cache_of(
+        (batch, kv_heads, capacity, value_dim), cache, lengths, page, table
+    )
     return (
         torch.randn(batch, heads, queries, dim).to(dtype),
         key,
@@ -102,9 +104,7 @@ def arguments(
 
 
 def to_float64(call: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call
-    )
+    return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call)
 
 
 def check(*positional: Any, **options: Any) -> None:
@@ -115,7 +115,11 @@ def check(*positional: Any, **options: Any) -> None:
     assert_as_exact_as_torch(ours, plain, exact, ("out", "lse"))
 
 
-CACHES = [(d, d) for d in DTYPES] + [(d, torch.int8) for d in DTYPES[:2]] + [(torch.float32, torch.float16)]
+CACHES = (
+    [(d, d) for d in DTYPES]
+    + [(d, torch.int8) for d in DTYPES[:2]]
+    + [(torch.float32, torch.float16)]
+)
 
 
 @pytest.mark.parametrize(("dtype", "cache"), CACHES, ids=str)
@@ -135,15 +139,15 @@ def test_pages(instruction_set, page, cache):
 
 
 FEATURES = {
-    "not causal": dict(causal=False),
-    "window": dict(left=100),
-    "window of one": dict(left=0),
-    "window and globals": dict(left=70, global_tokens=5),
-    "not causal window": dict(causal=False, left=70, right=2, global_tokens=600),
-    "softcap": dict(softcap=3.0),
-    "alibi": dict(alibi=True),
-    "sinks": dict(sinks=True),
-    "all": dict(left=30, global_tokens=3, softcap=3.0, alibi=True, sinks=True),
+    "not causal": {"causal": False},
+    "window": {"left": 100},
+    "window of one": {"left": 0},
+    "window and globals": {"left": 70, "global_tokens": 5},
+    "not causal window": {"causal": False, "left": 70, "right": 2, "global_tokens": 600},
+    "softcap": {"softcap": 3.0},
+    "alibi": {"alibi": True},
+    "sinks": {"sinks": True},
+    "all": {"left": 30, "global_tokens": 3, "softcap": 3.0, "alibi": True, "sinks": True},
 }
 
 
@@ -215,8 +219,10 @@ def test_nan_in_the_cache_is_seen_only_where_its_key_is(instruction_set):
     call = arguments(torch.float32, torch.float32, (1, 2, 2, 3, 100, 16, 16), [100])
     call[1][0, 0, 98, 3] = torch.nan
     out, lse = cpu.forward(*call)
-    assert not out[0, 0, 0].isnan().any() and not lse[0, 0, 0].isnan()
-    assert out[0, 0, 1:].isnan().all() and lse[0, 0, 1:].isnan().all()
+    assert not out[0, 0, 0].isnan().any()
+    assert not lse[0, 0, 0].isnan()
+    assert out[0, 0, 1:].isnan().all()
+    assert lse[0, 0, 1:].isnan().all()
     assert not out[0, 1].isnan().any()
 
 
