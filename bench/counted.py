@@ -53,11 +53,12 @@ def counted(kind: str) -> dict[str, dict[str, Row]]:
     found: dict[str, dict[str, Row]] = {}
     for arch in ARCHITECTURES[kind]:
         rows = found[f"{kind} counted {arch}"] = {}
-        for call in tqdm(cases.COUNTED, f"counting {kind} {arch}", leave=False):
+        calls = [*cases.COUNTED, *cases.COUNTED_ALSO[kind]]
+        for call in tqdm(calls, f"counting {kind} {arch}", leave=False):
             with ptx.run(arch, on_report="record") as session:
                 done = 0
                 for direction in cases.run(call, kind):
-                    least = cases.least_bytes(call, direction)
+                    least = call.least_bytes(direction)
                     rows[f"{call.op} {direction} {call.shape}"] = _row(
                         session.launches[done:], least
                     )
