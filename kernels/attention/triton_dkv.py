@@ -34,7 +34,7 @@ TILES = {
         (2, 64, 0, 16, 64, 4, 1),  # masks, tanh and Philox take registers
         (2, 128, 1, 64, 64, 8, 2),  # 128 keys spill 112 bytes
         (2, 128, 0, 32, 64, 8, 1),
-        (2, 256, 0, 16, 32, 4, 1),  # dk and dv alone take 128 registers
+        (2, 256, 0, 16, 32, 8, 1),  # dk and dv alone take 64 registers; with 4 warps 128
         (4, 64, 0, 16, 32, 4, 1),  # tf32x3 holds every operand twice in registers
         (4, 128, 0, 16, 32, 8, 1),
         (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
@@ -42,9 +42,8 @@ TILES = {
     "sm_86": (
         (2, 64, 1, 32, 128, 8, 2),  # 64 queries spill 64 bytes
         (2, 64, 0, 16, 64, 4, 1),  # masks, tanh and Philox take registers
-        (2, 128, 1, 64, 64, 8, 2),  # 128 keys spill 112 bytes
-        (2, 128, 0, 32, 64, 8, 1),
-        (2, 256, 0, 16, 32, 4, 1),  # dk and dv alone take 128 registers
+        (2, 128, 0, 32, 64, 8, 1),  # 171 registers, 56 KiB
+        (2, 256, 0, 16, 32, 8, 1),  # dk and dv alone take 64 registers; with 4 warps 128
         (4, 64, 0, 16, 32, 4, 1),  # tf32x3 holds every operand twice in registers
         (4, 128, 0, 16, 32, 8, 1),
         (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
@@ -54,7 +53,7 @@ TILES = {
         (2, 64, 0, 16, 64, 4, 1),  # masks, tanh and Philox take registers
         (2, 128, 1, 32, 128, 8, 1),  # a second stage spills 16 bytes
         (2, 128, 0, 32, 64, 8, 1),
-        (2, 256, 0, 16, 32, 4, 1),  # dk and dv alone take 128 registers
+        (2, 256, 0, 16, 32, 8, 1),  # dk and dv alone take 64 registers; with 4 warps 128
         (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice in registers
         (4, 128, 0, 16, 32, 8, 1),
         (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
@@ -64,7 +63,7 @@ TILES = {
         (2, 64, 0, 16, 64, 4, 1),  # masks, tanh and Philox take registers
         (2, 128, 1, 32, 128, 8, 1),  # a second stage spills 16 bytes
         (2, 128, 0, 32, 64, 8, 1),
-        (2, 256, 0, 16, 32, 4, 1),  # dk and dv alone take 128 registers
+        (2, 256, 0, 16, 32, 8, 1),  # dk and dv alone take 64 registers; with 4 warps 128
         (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice in registers
         (4, 128, 0, 16, 32, 8, 1),
         (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice

@@ -27,7 +27,7 @@ from kernels.attention.triton_scores import (
 # As in triton.py.
 TILES = {
     "sm_80": (
-        (2, 64, 1, 64, 64, 4, 2),  # as the forward, less dp's registers
+        (2, 64, 1, 64, 64, 4, 2),  # 214 registers: 2 blocks
         (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
         (2, 128, 1, 64, 32, 4, 1),
         (2, 128, 0, 64, 32, 8, 1),
@@ -37,12 +37,12 @@ TILES = {
         (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
     ),
     "sm_86": (
-        (2, 64, 1, 64, 64, 4, 2),  # as the forward, less dp's registers
+        (2, 64, 1, 64, 64, 4, 2),  # 214 registers: 2 blocks
         (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
         (2, 128, 1, 64, 32, 4, 1),
         (2, 128, 0, 64, 32, 8, 1),
         (2, 256, 0, 64, 32, 8, 1),
-        (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice in registers
+        (4, 64, 0, 16, 32, 4, 1),  # tf32x3 holds every operand twice in registers
         (4, 128, 0, 16, 32, 4, 1),
         (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
     ),
@@ -61,8 +61,7 @@ TILES = {
         (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
         (2, 128, 0, 64, 32, 8, 1),
         (2, 256, 0, 64, 32, 8, 2),  # 64 keys spill
-        (4, 64, 1, 128, 32, 8, 2),  # 64 keys spill 8 bytes
-        (4, 64, 0, 32, 32, 4, 1),
+        (4, 64, 0, 16, 32, 4, 1),  # 32 queries spill 48 bytes
         (4, 128, 0, 16, 32, 4, 1),  # 32 queries spill 112 bytes
         (4, 256, 0, 16, 32, 4, 1),  # spills: operands of 256 columns, twice
     ),
