@@ -1,6 +1,6 @@
 """The Triton attention's compiled code on the executor: values, gradients, and no report at all.
 
-A kernel is compiled anew for dtypes, BLOCK_D, the elements of a vector and which features there are;
+A kernel is compiled anew for dtypes, BLOCK_D, elements of a vector and which features there are;
 lengths, window, causality, heads and strides are numbers to it.  So few kernels serve many calls:
 each group below shares one set.  Their tiles are small, which keeps compiling cheap; the tiles that
 are shipped run under `-m sweep`, on both architectures and all schedules.
