@@ -6,13 +6,16 @@ TRITON is every specialisation the switch points lead to, COUNTED what the execu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from kernels import dispatch
+
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,7 @@ class Call:
 
     @property
     def _types(self) -> str:
-        short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-        return short[self.dtype] + ("/fp32" if self.mixed else "")
+        return _SHORT[self.dtype] + ("/fp32" if self.mixed else "")
 
     @property
     def label(self) -> str:
@@ -39,6 +41,57 @@ class Call:
     @property
     def shape(self) -> str:
         return f"{self.rows}x{self.cols} {self._types}"
+
+    def least_bytes(self, direction: str) -> int:
+        """Of the inputs and outputs of an operation, each read or written once."""
+        forward, size = direction == "forward", self.dtype.itemsize
+        rows, parameter = self.rows * self.cols * size, self.cols * (4 if self.mixed else size)
+        if self.op == "cross_entropy":  # plain: logits; target, losses and lse of every row
+            per_row = self.rows * (8 + 8)
+            return rows + per_row + self.rows * 4 if forward else 2 * rows + per_row
+        statistics = self.rows * 2 * 4
+        if forward:  # x, y; weight, bias
+            return 2 * rows + 2 * parameter + statistics
+        return 3 * rows + 3 * parameter + statistics  # x, dy, dx; weight, dweight, dbias
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal attention of [1, heads, length, dim], all heads with keys of their own."""
+
+    heads: int
+    length: int
+    dim: int
+    dtype: torch.dtype
+    op: str = "attention"
+
+    @property
+    def label(self) -> str:
+        return f"{_SHORT[self.dtype]}, {self.dim}"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.heads}x{self.length}x{self.dim} {_SHORT[self.dtype]}"
+
+    def least_bytes(self, direction: str) -> int:
+        """Of the inputs and outputs of an operation, each read or written once."""
+        tensors = 4 if direction == "forward" else 8  # q, k, v, out; and the gradient of each
+        return self.heads * self.length * (tensors * self.dim * self.dtype.itemsize + 4)
+
+
+def attention(backend: ModuleType, call: Attention) -> Iterator[str]:
+    """Runs the forward, then the backward; yields the name of each when it is done."""
+    generator = torch.Generator().manual_seed(call.length)
+    shape = 1, call.heads, call.length, call.dim
+    query, key, value, dout = (
+        torch.randn(shape, generator=generator).to(call.dtype) for _ in range(4)
+    )
+    pattern, scaling = (1, 0, -1, -1, 0, call.length, call.length), (call.dim**-0.5, 0.0, 0.0)
+    arguments = query, key, value, *(None,) * 7, pattern, scaling
+    saved = backend.forward(*arguments)
+    yield "forward"
+    backend.backward(dout, None, *arguments, *saved, (True, True, True, False, False))
+    yield "backward"
 
 
 def layer_norm(backend: ModuleType, call: Call) -> Iterator[str]:
@@ -73,28 +126,19 @@ def cross_entropy(backend: ModuleType, call: Call) -> Iterator[str]:
     yield "backward"
 
 
-CALLS = {"cross_entropy": cross_entropy, "layer_norm": layer_norm}
+CALLS: dict[str, Callable[[ModuleType, Any], Iterator[str]]] = {
+    "attention": attention,
+    "cross_entropy": cross_entropy,
+    "layer_norm": layer_norm,
+}
 
 
-def run(call: Call, backend: str) -> Iterator[str]:
+def run(call: Call | Attention, backend: str) -> Iterator[str]:
     """Runs a call through the named backend; yields each direction when it is done."""
     module = dispatch.load(call.op, backend)
     if isinstance(module, str):
         raise ImportError(f"{call.op} has no backend {backend}: {module}")
     return CALLS[call.op](module, call)
-
-
-def least_bytes(call: Call, direction: str) -> int:
-    """Of the inputs and outputs of an operation, each read or written once."""
-    size = call.dtype.itemsize
-    if call.op == "cross_entropy":  # plain: logits; target, losses and lse of every row
-        logits, per_row = call.rows * call.cols * size, call.rows * (8 + 8)
-        return logits + per_row + call.rows * 4 if direction == "forward" else 2 * logits + per_row
-    rows, parameter = call.rows * call.cols * size, call.cols * (4 if call.mixed else size)
-    statistics = call.rows * 2 * 4
-    if direction == "forward":  # x, y; weight, bias
-        return 2 * rows + 2 * parameter + statistics
-    return 3 * rows + 3 * parameter + statistics  # x, dy, dx; weight, dweight, dbias
 
 
 def _layer_norm_triton() -> list[Call]:
@@ -122,16 +166,26 @@ def _cross_entropy_triton() -> list[Call]:
     return [Call("cross_entropy", 64, n, dtype, variant=name) for n, dtype, name in plain + rest]
 
 
-def triton_calls() -> list[Call]:
-    return _cross_entropy_triton() + _layer_norm_triton()
+def _attention_triton() -> list[Attention]:
+    """The widths of the tables that models use most."""
+    kinds = ((64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32))
+    return [Attention(2, 256, dim, dtype) for dim, dtype in kinds]
+
+
+def triton_calls(target: str) -> list[Call | Attention]:
+    """What is compiled for a target, as Triton's backends name it."""
+    # LLVM for AMD spills scalar registers of the attention kernels, which take many numbers.
+    attention = [] if target.startswith("gfx") else _attention_triton()
+    return [*_cross_entropy_triton(), *_layer_norm_triton(), *attention]
 
 
 _SHAPES = ((64, 1024), (512, 1024), (512, 1000), (2048, 768))
-COUNTED = [
+COUNTED: list[Call | Attention] = [
     Call("layer_norm", rows, cols, dtype)
     for dtype in (torch.bfloat16, torch.float32)
     for rows, cols in _SHAPES
-] + [Call("layer_norm", 512, 1024, torch.bfloat16, mixed=True)]
+]
+COUNTED.append(Call("layer_norm", 512, 1024, torch.bfloat16, mixed=True))
 # Characters, odd lengths, and the vocabularies of Llama and GPT-2.
 _LOGITS = ((512, 65), (512, 96), (128, 1001), (16, 32000), (16, 50257))
 COUNTED += [
@@ -139,3 +193,4 @@ COUNTED += [
     for dtype in (torch.bfloat16, torch.float32)
     for rows, cols in _LOGITS
 ]
+COUNTED.append(Attention(2, 256, 64, torch.bfloat16))

@@ -156,12 +156,12 @@ def triton() -> dict[str, dict[str, Row]]:
     from kernels import _triton
 
     found: dict[str, dict[str, Row]] = {}
-    calls = cases.triton_calls()
-    progress = tqdm(total=len(_triton.TARGETS) * len(calls), desc="Triton", leave=False)
+    calls = {target: cases.triton_calls(target) for target in _triton.TARGETS}
+    progress = tqdm(total=sum(map(len, calls.values())), desc="Triton", leave=False)
     for target in _triton.TARGETS:
         rows = found[f"triton {target}"] = {}
         seen = set()
-        for call in calls:
+        for call in calls[target]:
             with _triton.compile_only(target) as launched:
                 list(cases.run(call, "triton"))
             for kernel in launched:

@@ -57,7 +57,7 @@ def counted(kind: str) -> dict[str, dict[str, Row]]:
             with ptx.run(arch, on_report="record") as session:
                 done = 0
                 for direction in cases.run(call, kind):
-                    least = cases.least_bytes(call, direction)
+                    least = call.least_bytes(direction)
                     rows[f"{call.op} {direction} {call.shape}"] = _row(
                         session.launches[done:], least
                     )

@@ -102,7 +102,7 @@ def _rows(arch: str, call: cases.Call, peer: str) -> list[list[str]]:
         error = _check([y, *gradients], leaves, dy)
         parts = {"forward": session.launches[:forward], "backward": session.launches[forward:]}
         for direction, launches in parts.items():
-            least = cases.least_bytes(call, direction)
+            least = call.least_bytes(direction)
             moved = counters.SECTOR * sum(launch.sectors_moved for launch in launches)
             rows.append(
                 [

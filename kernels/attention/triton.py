@@ -38,48 +38,64 @@ from kernels.attention.triton_scores import (
 __all__ = ["backward", "forward", "unsupported"]
 
 
+# Per architecture, first match wins: (largest bytes of an element, largest BLOCK_D, 1 where the row
+# is for plain calls only, BLOCK_M, BLOCK_N, num_warps, num_stages).  Chosen by what the compilers
+# report, not timed: the largest tile whose loops fit the registers.
 TILES = {
     "sm_80": (
-        (2, 64, 128, 64, 8, 3),
-        (2, 128, 64, 64, 4, 2),
-        (2, 256, 64, 32, 4, 2),
-        (4, 64, 64, 32, 4, 2),
-        (4, 128, 64, 32, 8, 2),
-        (4, 256, 32, 32, 8, 1),
+        (2, 64, 1, 128, 64, 8, 3),  # with 4 warps 24 bytes spill
+        (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
+        (2, 128, 1, 128, 32, 4, 3),  # the widest that fits: with 64 keys 16 to 64 bytes spill
+        (2, 128, 0, 64, 32, 4, 1),
+        (2, 256, 0, 64, 32, 8, 1),  # dropout's and the mask's registers beside acc's
+        (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 32, 32, 4, 1),
+        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
     ),
     "sm_86": (
-        (2, 64, 128, 64, 8, 3),
-        (2, 128, 64, 64, 4, 2),
-        (2, 256, 64, 32, 4, 2),
-        (4, 64, 64, 32, 4, 2),
-        (4, 128, 64, 32, 8, 2),
-        (4, 256, 32, 32, 8, 1),
+        (2, 64, 1, 128, 64, 8, 3),  # with 4 warps 24 bytes spill
+        (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
+        (2, 128, 0, 64, 32, 4, 2),  # 64 keys spill 8 bytes; 36 KiB, so 2 blocks in 99
+        (2, 256, 0, 64, 32, 8, 1),  # dropout's and the mask's registers beside acc's
+        (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 32, 32, 4, 1),
+        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
     ),
     "sm_90": (
-        (2, 64, 128, 64, 8, 3),
-        (2, 128, 128, 64, 8, 3),
-        (2, 256, 64, 32, 4, 2),
-        (4, 64, 64, 32, 4, 2),
-        (4, 128, 64, 32, 8, 2),
-        (4, 256, 32, 32, 8, 1),
+        (2, 64, 1, 128, 128, 8, 2),  # two warp groups; one block at 255 registers
+        (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
+        (2, 128, 1, 128, 64, 8, 3),  # 128 keys spill 416 bytes; 3 stages fit 227 KiB
+        (2, 128, 0, 64, 32, 4, 2),
+        (2, 256, 1, 128, 32, 8, 2),  # 64 keys spill 112 bytes
+        (2, 256, 0, 64, 32, 8, 1),
+        (4, 64, 1, 128, 32, 8, 2),  # tf32x3 holds every operand twice: 64 keys spill
+        (4, 64, 0, 32, 32, 4, 1),
+        (4, 128, 0, 16, 32, 4, 1),  # 32 queries spill 16 bytes
+        (4, 256, 0, 16, 32, 4, 1),  # spills: operands of 256 columns, twice
     ),
     "sm_100": (
-        (2, 64, 128, 64, 8, 3),
-        (2, 128, 128, 64, 8, 3),
-        (2, 256, 64, 32, 4, 2),
-        (4, 64, 64, 32, 4, 2),
-        (4, 128, 64, 32, 8, 2),
-        (4, 256, 32, 32, 8, 1),
+        (2, 64, 1, 128, 128, 8, 2),  # two warp groups; one block at 255 registers
+        (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
+        (2, 128, 1, 128, 64, 8, 3),  # 128 keys spill 416 bytes; 3 stages fit 227 KiB
+        (2, 128, 0, 64, 32, 4, 2),
+        (2, 256, 1, 128, 32, 8, 2),  # 64 keys spill 112 bytes
+        (2, 256, 0, 64, 32, 8, 1),
+        (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice: 128 queries spill
+        (4, 128, 0, 16, 32, 4, 1),  # 32 queries spill 16 bytes
+        (4, 256, 0, 16, 32, 4, 1),  # spills: operands of 256 columns, twice
     ),
     "gfx942": (
-        (2, 64, 128, 64, 4, 1),
-        (2, 128, 64, 64, 4, 1),
-        (2, 256, 64, 32, 4, 1),
-        (4, 64, 64, 32, 4, 1),
-        (4, 128, 64, 32, 4, 1),
-        (4, 256, 32, 32, 4, 1),
+        (2, 64, 1, 128, 64, 4, 1),  # 64 KiB of LDS hold K and V of two blocks
+        (2, 64, 0, 64, 32, 4, 1),
+        (2, 128, 1, 64, 64, 4, 1),
+        (2, 128, 0, 64, 32, 4, 1),
+        (2, 256, 0, 32, 32, 4, 1),
+        (4, 128, 0, 32, 32, 4, 1),
+        (4, 256, 0, 16, 32, 4, 1),
     ),
-    "interpreter": ((4, 256, 32, 32, 4, 1),),
+    "interpreter": (
+        (4, 256, 0, 32, 32, 4, 1),  # few positions walk through every loop
+    ),
 }
 
 

@@ -27,48 +27,58 @@ from kernels.attention.triton_scores import (
     weights,
 )
 
+# As in triton.py.
 TILES = {
     "sm_80": (
-        (2, 64, 64, 64, 4, 2),
-        (2, 128, 64, 64, 4, 2),
-        (2, 256, 64, 32, 4, 2),
-        (4, 64, 64, 32, 4, 2),
-        (4, 128, 64, 32, 8, 2),
-        (4, 256, 32, 32, 8, 1),
+        (2, 64, 1, 32, 128, 8, 2),  # 64 queries spill 64 bytes
+        (2, 64, 0, 16, 64, 4, 1),  # masks, tanh and Philox take registers
+        (2, 128, 1, 64, 64, 8, 2),  # 128 keys spill 112 bytes
+        (2, 128, 0, 32, 64, 8, 1),
+        (2, 256, 0, 16, 32, 8, 1),  # dk and dv alone take 64 registers; with 4 warps 128
+        (4, 64, 0, 16, 32, 4, 1),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 16, 32, 8, 1),
+        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
     ),
     "sm_86": (
-        (2, 64, 64, 64, 4, 2),
-        (2, 128, 64, 64, 4, 2),
-        (2, 256, 64, 32, 4, 2),
-        (4, 64, 64, 32, 4, 2),
-        (4, 128, 64, 32, 8, 2),
-        (4, 256, 32, 32, 8, 1),
+        (2, 64, 1, 32, 128, 8, 2),  # 64 queries spill 64 bytes
+        (2, 64, 0, 16, 64, 4, 1),  # masks, tanh and Philox take registers
+        (2, 128, 0, 32, 64, 8, 1),  # 171 registers, 56 KiB
+        (2, 256, 0, 16, 32, 8, 1),  # dk and dv alone take 64 registers; with 4 warps 128
+        (4, 64, 0, 16, 32, 4, 1),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 16, 32, 8, 1),
+        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
     ),
     "sm_90": (
-        (2, 64, 64, 64, 4, 2),
-        (2, 128, 64, 64, 4, 2),
-        (2, 256, 64, 32, 4, 2),
-        (4, 64, 64, 32, 4, 2),
-        (4, 128, 64, 32, 8, 2),
-        (4, 256, 32, 32, 8, 1),
+        (2, 64, 1, 32, 128, 8, 2),  # two warp groups of 64 keys; 64 queries spill 88 bytes
+        (2, 64, 0, 16, 64, 4, 1),  # masks, tanh and Philox take registers
+        (2, 128, 1, 32, 128, 8, 1),  # a second stage spills 16 bytes
+        (2, 128, 0, 32, 64, 8, 1),
+        (2, 256, 0, 16, 32, 8, 1),  # dk and dv alone take 64 registers; with 4 warps 128
+        (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 16, 32, 8, 1),
+        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
     ),
     "sm_100": (
-        (2, 64, 64, 64, 4, 2),
-        (2, 128, 64, 64, 4, 2),
-        (2, 256, 64, 32, 4, 2),
-        (4, 64, 64, 32, 4, 2),
-        (4, 128, 64, 32, 8, 2),
-        (4, 256, 32, 32, 8, 1),
+        (2, 64, 1, 32, 128, 8, 2),  # two warp groups of 64 keys; 64 queries spill 88 bytes
+        (2, 64, 0, 16, 64, 4, 1),  # masks, tanh and Philox take registers
+        (2, 128, 1, 32, 128, 8, 1),  # a second stage spills 16 bytes
+        (2, 128, 0, 32, 64, 8, 1),
+        (2, 256, 0, 16, 32, 8, 1),  # dk and dv alone take 64 registers; with 4 warps 128
+        (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 16, 32, 8, 1),
+        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
     ),
     "gfx942": (
-        (2, 64, 64, 64, 4, 1),
-        (2, 128, 64, 64, 4, 1),
-        (2, 256, 64, 32, 4, 1),
-        (4, 64, 64, 32, 4, 1),
-        (4, 128, 64, 32, 4, 1),
-        (4, 256, 32, 32, 4, 1),
+        (2, 64, 1, 64, 64, 4, 1),
+        (2, 64, 0, 16, 64, 4, 1),
+        (2, 128, 0, 32, 64, 4, 1),
+        (2, 256, 0, 16, 32, 4, 1),
+        (4, 128, 0, 16, 32, 4, 1),
+        (4, 256, 0, 16, 32, 4, 1),
     ),
-    "interpreter": ((4, 256, 32, 32, 4, 1),),
+    "interpreter": (
+        (4, 256, 0, 32, 32, 4, 1),  # few positions walk through every loop
+    ),
 }
 
 

@@ -29,8 +29,7 @@ NUMBERS += ["stride_sb", "stride_sh", "heads", "group", "rows_q", "rows_k", "hea
 NUMBERS += ["value_dim", "blocks", "programs", "lower_right", "left", "right", "future"]
 NUMBERS += ["global_tokens", "scale", "cap", "threshold", "keep_factor", "softmax_scale"]
 
-# largest bytes of an element, largest BLOCK_D, then BLOCK_M, BLOCK_N, num_warps, num_stages
-Tiles = Mapping[str, tuple[tuple[int, int, int, int, int, int], ...]]
+Tiles = Mapping[str, tuple[tuple[int, ...], ...]]  # see triton.py
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Call:
 
     arguments: dict[str, Any]
     sequences: int
+    is_plain: bool  # no more than causality and a window, and rows of whole vectors
     most_globals: int  # no sequence has more global positions
 
     def launch(
@@ -68,7 +68,11 @@ class Call:
         widest = max(self.arguments["BLOCK_D"], self.arguments["BLOCK_DV"])
         rows = tiles[_triton.architecture(query)]
         size = query.dtype.itemsize
-        found = next(row[2:] for row in rows if size <= row[0] and widest <= row[1])
+        found = next(
+            row[3:]
+            for row in rows
+            if size <= row[0] and widest <= row[1] and (self.is_plain or not row[2])
+        )
         names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
         return dict(zip(names, found, strict=True))
 
@@ -110,7 +114,7 @@ def prepare(
     dropped = seed is not None and scaling.dropout_p > 0
     rows_k, head_dim, value_dim = key.shape[2], query.shape[3], value.shape[3]
     arguments: dict[str, Any] = {
-        "mask_ptr": mask.view(torch.uint8) if _is_bool(mask) else mask,
+        "mask_ptr": _as_bytes(mask),
         "slopes_ptr": alibi_slopes,
         "sinks_ptr": None if sinks is None else sinks.contiguous(),
         "seed_ptr": seed if dropped else None,
@@ -144,11 +148,13 @@ def prepare(
     arguments |= score_numbers(mask, alibi_slopes, scaling)
     sequences = query.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     most = pattern.max_seqlen_k if global_mask is not None else pattern.global_tokens
-    return Call(arguments, sequences, min(most, pattern.max_seqlen_k) if globals_ else 0)
+    is_plain = not (globals_ or dropped or arguments["SCORES"]) and vec >= _triton.VECTOR
+    return Call(arguments, sequences, is_plain, min(most, pattern.max_seqlen_k) if globals_ else 0)
 
 
-def _is_bool(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype == torch.bool
+def _as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as the bytes it is made of; others as they are."""
+    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
 
 
 def reaches(pattern: Pattern) -> dict[str, int]:

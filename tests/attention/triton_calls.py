@@ -58,8 +58,8 @@ class Call:
             return [torch.randn(b, t, h, d).to(dtype).transpose(1, 2) for b, h, t, d in shapes]
         return [torch.randn(shape).to(dtype) for shape in shapes]
 
-    def arguments(self) -> tuple:
-        """What follows query, key and value."""
+    def arguments(self, dtype: torch.dtype) -> tuple:
+        """What follows query, key and value; sinks in `dtype`."""
         heads = self.heads[0]
         mask = slopes = sinks = marked = cu_q = cu_k = seed = None
         longest, sequences = (self.length_q, self.length_k), self.batch
@@ -75,7 +75,7 @@ class Call:
         if self.alibi:
             slopes = torch.rand(sequences, heads)
         if self.sinks:
-            sinks = torch.randn(heads)
+            sinks = torch.randn(heads).to(dtype)
         if self.global_share:
             marked = torch.rand(self.batch, self.length_k) < self.global_share
         if self.dropout_p:
@@ -98,7 +98,7 @@ def _results(module, tensors, dlse, arguments) -> list[Tensor | None]:
 
 def check(call: Call, dtype: torch.dtype) -> list[Tensor | None]:
     """out, lse and all gradients are as exact as the rule of tests.tolerance asks."""
-    tensors, arguments = call.tensors(dtype), call.arguments()
+    tensors, arguments = call.tensors(dtype), call.arguments(dtype)
     dlse = torch.randn(call.batch, call.heads[0], call.length_q)
     assert backend.unsupported(*tensors[:3], *arguments) is None
     ours = _results(backend, tensors, dlse, arguments)

@@ -109,7 +109,7 @@ def test_a_row_that_sees_nothing_gives_zeros():
 def test_refused():
     call = Call(3, 3)
     query, key, value, _ = call.tensors(torch.float32)
-    arguments = call.arguments()
+    arguments = call.arguments(torch.float32)
     assert "bfloat16" in backend.unsupported(query.bfloat16(), key, value, *arguments)
     wide = torch.zeros(1, 1, 3, 257)
     assert "256" in backend.unsupported(wide, wide, wide, *arguments)

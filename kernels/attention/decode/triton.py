@@ -276,8 +276,9 @@ def forward(
         "PRECISION": _triton.float32_dot(query) if float32 else "ieee",
     }
     numbers["SOFTCAP"] = numbers["SCORES"] == 2
-    tensors = (query, k_cache, v_cache, lengths, block_table, k_scale, v_scale, alibi_slopes)
-    tensors = *tensors, None if sinks is None else sinks.contiguous(), parts, part_lse
+    sinks = None if sinks is None else sinks.contiguous()
+    optional = block_table, k_scale, v_scale, alibi_slopes, sinks
+    tensors = query, k_cache, v_cache, lengths, *optional, parts, part_lse
     with _triton.device_of(query):
         named = {name: numbers[name] for name in _share_kernel.arg_names[len(tensors) :]}
         options = {"num_warps": WARPS, "num_stages": STAGES, **_triton.LAUNCH}

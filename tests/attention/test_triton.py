@@ -1,0 +1,140 @@
+"""The Triton attention without a GPU: its values in the interpreter, its machine code by reading.
+
+Nothing here runs on a GPU.  Compiled kernels are checked for what the toolchain tells: that they
+compile for every target, that no register spills, and that Hopper's matrix instructions are used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+_triton = pytest.importorskip(
+    "kernels._triton", reason="triton is not installed", exc_type=ImportError
+)
+from kernels.attention import triton as backend  # noqa: E402
+from kernels.attention.decode import triton as decode  # noqa: E402
+from kernels.attention.pattern import Pattern, Scaling  # noqa: E402
+
+CASES = Path(__file__).with_name("triton_interpreter_cases.py")
+FEATURES = ("mask", "alibi", "softcap", "dropout", "globals")
+
+# (dims, dtype, features) on every target: the widths of the tables, in whole vectors.
+VARIANTS = [((64, 64), torch.bfloat16, ()), ((128, 128), torch.bfloat16, ())]
+# And on two of them what needs more registers: the widest rows, float32, rows without vectors,
+# and each feature alone.
+TIGHT = [((256, 256), torch.bfloat16, ()), ((64, 64), torch.float32, ())]
+TIGHT += [((63, 33), torch.bfloat16, ())]
+TIGHT += [((64, 64), torch.bfloat16, (feature,)) for feature in FEATURES]
+COMPILED = [(target, *variant) for target in _triton.TARGETS for variant in VARIANTS]
+COMPILED += [(target, *variant) for target in ("sm_80", "sm_90") for variant in TIGHT]
+
+
+def compiled(target, dims, dtype, features=(), length=300):
+    """The kernels that a causal forward and backward launch on `target`."""
+    query, value = (torch.empty(1, 2, length, dim, dtype=dtype) for dim in dims)
+    has = dict.fromkeys(features, True).get
+    mask = torch.empty(1, 2, length, length, dtype=dtype) if has("mask") else None
+    slopes = torch.empty(1, 2) if has("alibi") else None
+    marked = torch.ones(1, length, dtype=torch.bool) if has("globals") else None
+    seed = torch.tensor([1]) if has("dropout") else None
+    pattern = Pattern(1, 0, 50 if has("globals") else -1, -1, 0, length, length)
+    scaling = Scaling(1.0, 5.0 if has("softcap") else 0.0, 0.1 if has("dropout") else 0.0)
+    call = query, query, value, mask, slopes, None, marked, seed, None, None, pattern, scaling
+    with _triton.compile_only(target) as kernels:
+        out, lse = backend.forward(*call)
+        backend.backward(out, None, *call, out, lse, (True, True, True, False, False))
+    return kernels
+
+
+@pytest.mark.skipif(
+    not _triton.INTERPRETER_LOOPS, reason="Triton before 3.7 needs NumPy before 2.4 here"
+)
+def test_values_and_gradients_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b\d+ passed", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize(("target", "dims", "dtype", "features"), COMPILED, ids=str)
+def test_compiles_without_spills(target, dims, dtype, features):
+    kernels = compiled(target, dims, dtype, features)
+    names = {kernel.name for kernel in kernels}
+    assert names >= {"_forward_kernel", "_delta_kernel", "dkv_kernel", "dq_kernel"}
+    assert {kernel.name: kernel.spills() for kernel in kernels if kernel.spills()} == {}
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hopper_multiplies_by_warp_groups(dim, dtype):
+    """Both loops of a kernel hold both (dk/dv: four) products as wgmma, and none as mma."""
+    for kernel in compiled("sm_90", (dim, dim), dtype):
+        text = kernel.file("ptx").read_text()
+        assert "mma.sync" not in text
+        if kernel.name != "_delta_kernel":
+            groups = text.count("wgmma.commit_group")
+            assert (
+                groups >= 2 * {"_forward_kernel": 2, "dkv_kernel": 4, "dq_kernel": 3}[kernel.name]
+            )
+
+
+def test_plain_blocks_carry_no_mask():
+    """The loop over plain blocks compares no tensors, the one over edges does."""
+    (forward, *_) = compiled("sm_80", (64, 64), torch.bfloat16)
+    loops = forward.file("ttgir").read_text().split("scf.for")[1:]
+    plain, edges = (loop.split("scf.yield")[0] for loop in loops)
+    assert not re.search(r"arith\.cmp[if].*tensor<", plain)
+    assert re.search(r"arith\.cmpi.*tensor<", edges)
+
+
+def test_numbers_are_no_reason_to_compile_again():
+    with _triton.compile_only("sm_80") as kernels:
+        for length, heads, causal, window in [(1, 1, 0, -1), (16, 2, 1, -1), (300, 3, 1, 16)]:
+            x = torch.empty(2, heads, length, 64, dtype=torch.bfloat16)
+            pattern = Pattern(causal, 0, window, -1, 0, length, length)
+            for query in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+                backend.forward(query, x, x, *(None,) * 7, pattern, Scaling(0.125, 0.0, 0.0))
+    assert len(kernels) == 1
+
+
+def decode_kernels(target, dtype, cache, dim=128, paged=True):
+    query = torch.empty(2, 8, 1, dim, dtype=dtype)
+    keys = torch.empty(40, 2, 16, dim, dtype=cache)
+    scale = torch.empty(40, 2, 16) if cache == torch.int8 else None
+    lengths, table = torch.ones(2, dtype=torch.int32), torch.zeros(2, 200, dtype=torch.int32)
+    if not paged:
+        keys, table = torch.empty(2, 2, 3200, dim, dtype=cache), None
+        scale = torch.empty(2, 2, 3200) if cache == torch.int8 else None
+    pattern, scaling = Pattern(1, 1, -1, -1, 0, 1, 3200), Scaling(1.0, 0.0, 0.0)
+    with _triton.compile_only(target) as kernels:
+        decode.forward(
+            query, keys, keys, lengths, table, scale, scale, None, None, pattern, scaling
+        )
+    return kernels
+
+
+@pytest.mark.parametrize("target", _triton.TARGETS)
+@pytest.mark.parametrize("cache", [torch.bfloat16, torch.int8])
+def test_decode_compiles_without_spills(target, cache):
+    kernels = decode_kernels(target, torch.bfloat16, cache)
+    assert [kernel.name for kernel in kernels] == ["_share_kernel", "_combine_kernel"]
+    assert [kernel.spills() for kernel in kernels] == [0, 0]
+
+
+def test_refused():
+    x = torch.randn(1, 1, 4, 8)
+    rest = (*(None,) * 7, Pattern(0, 0, -1, -1, 0, 4, 4), Scaling(1.0, 0.0, 0.0))
+    assert "not on a GPU" in backend.unsupported(x, x, x, *rest)
+    with _triton.compile_only("sm_80"):
+        assert "float64" in backend.unsupported(x.double(), x.double(), x.double(), *rest)
+        assert backend.unsupported(x.bfloat16(), x, x, *rest) is None
+        wide = torch.empty(1, 1, 4, 257)
+        assert "256" in backend.unsupported(wide, wide, x, *rest)
