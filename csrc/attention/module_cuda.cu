@@ -34,8 +34,8 @@ class Arguments {
     h.row = take<int64_t>();
     h.columns = take<int>();
     const int64_t element = dtype == DType::kFloat32 ? 4 : 2;
-    const int64_t bits =
-        static_cast<int64_t>(reinterpret_cast<Address>(h.at)) | (h.batch | h.head | h.row) * element;
+    const int64_t bits = static_cast<int64_t>(reinterpret_cast<Address>(h.at)) |
+                         (h.batch | h.head | h.row) * element;
     h.vectors = bits % kVectorBytes == 0;
     return h;
   }
@@ -122,8 +122,7 @@ void attention_backward(const py::args& all) {
   const DType dtype = checked_dtype(take.take<int>());
   BackwardArgs a{};
   a.problem = take.problem();
-  for (Heads* heads :
-       {&a.query, &a.key, &a.value, &a.dout, &a.dquery, &a.dkey, &a.dvalue}) {
+  for (Heads* heads : {&a.query, &a.key, &a.value, &a.dout, &a.dquery, &a.dkey, &a.dvalue}) {
     *heads = take.heads(dtype);
   }
   DeltaArgs d{};
@@ -134,8 +133,8 @@ void attention_backward(const py::args& all) {
   d.delta = take.pointer<float>();
   a.delta = d.delta;
   const Problem& p = a.problem;
-  SinkArgs s{p.sinks, a.lse, a.delta, take.pointer<float>(), take.take<int>(), p.heads,
-             p.all_queries};
+  SinkArgs s{p.sinks,          a.lse,   a.delta,      take.pointer<float>(),
+             take.take<int>(), p.heads, p.all_queries};
   d.heads = p.heads;
   d.queries = static_cast<int>(p.all_queries);
   d.rows = int64_t{s.batches} * p.heads * p.all_queries;
@@ -174,8 +173,8 @@ void attention_decode(const py::args& all) {
   a.alibi_batch = take.take<int64_t>();
   a.alibi_head = take.take<int64_t>();
   c.sinks = take.pointer<const float>();
-  for (int* number : {&a.batches, &a.heads, &a.group, &a.queries, &a.low, &a.high, &a.limit,
-                      &a.global_tokens}) {
+  for (int* number :
+       {&a.batches, &a.heads, &a.group, &a.queries, &a.low, &a.high, &a.limit, &a.global_tokens}) {
     *number = take.take<int>();
   }
   a.scale = take.take<float>();
