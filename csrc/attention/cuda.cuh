@@ -1,5 +1,6 @@
 // Attention on CUDA, host side: picks the kernel by dtype and head dimension, and launches.
-// Kernels: cuda_forward.cuh, cuda_backward.cuh, cuda_rows.cuh, cuda_decode.cuh. No torch, no Python.
+// Kernels: cuda_forward.cuh, cuda_backward.cuh, cuda_rows.cuh, cuda_decode.cuh. No torch, no
+// Python.
 #pragma once
 
 #include "attention/cuda_backward.cuh"
@@ -105,7 +106,8 @@ inline void backward(BackwardArgs a, DType dtype, cudaStream_t stream) {
 // Splits of the keys: enough blocks for two per multiprocessor, none with less than four tiles.
 inline int decode_splits(int64_t planes, int keys, int multiprocessors) {
   const int64_t wanted = ceil_div(2 * int64_t{multiprocessors}, std::max<int64_t>(planes, 1));
-  return static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(ceil_div(keys, 256), 1)));
+  return static_cast<int>(
+      std::clamp<int64_t>(wanted, 1, std::max<int64_t>(ceil_div(keys, 256), 1)));
 }
 
 constexpr int kDecodeParts = 4;  // of a split: the warps of a block, at most

@@ -29,10 +29,12 @@ struct BackwardShape {
   static constexpr int kTile = (kColumns == 256 ? 16 : 32) / (kHalf || kColumns == 64 ? 1 : 2);
   static constexpr int kRows = 16 * kM * kWarps;
   static constexpr int kThreads = kWarp * kWarps;
-  static constexpr int kBlocks = 8 / kWarps;  // of a multiprocessor: a thread may have 255 registers
+  static constexpr int kBlocks =
+      8 / kWarps;  // of a multiprocessor: a thread may have 255 registers
   // Two tiles of kept rows, two stages of two streamed ones, lse (split) and delta of the queries.
   static constexpr size_t kShared =
       sizeof(T) * kColumns * (2 * kRows + 4 * kTile) + (kKeysKept ? 6 * sizeof(float) * kTile : 0);
+  static_assert(kShared <= kMaxShared);
 };
 
 // In powers of two; such that a row that saw nothing has weights 2^(-inf).
@@ -67,8 +69,8 @@ __device__ __forceinline__ void differentiate(Accumulator (&s)[kM][kN], Accumula
           float& product = s[r / 2][0][r % 2 * 2 + c];
           float& gradient = dp[r / 2][0][r % 2 * 2 + c];
           float derivative;
-          product = plane.score(product, kKeysKept ? across : down, kKeysKept ? down : across,
-                                band, derivative);
+          product = plane.score(product, kKeysKept ? across : down, kKeysKept ? down : across, band,
+                                derivative);
           const bool kept = bits >> keep_bit<kM, kN, kKeysKept>(r, 2 * n + c) & 1;
           gradient = kept ? gradient * a.keep_factor : 0.f;
           gradient = derivative * (gradient - delta_at(r, 2 * n + c));
@@ -94,7 +96,8 @@ __device__ __forceinline__ void differentiate(Accumulator (&s)[kM][kN], Accumula
 }
 
 template <typename T, int kColumns>
-__global__ void __launch_bounds__(BackwardShape<T, kColumns, false>::kThreads, BackwardShape<T, kColumns, false>::kBlocks)
+__global__ void __launch_bounds__(BackwardShape<T, kColumns, false>::kThreads,
+                                  BackwardShape<T, kColumns, false>::kBlocks)
     dquery_kernel(const __grid_constant__ BackwardArgs args) {
   using Shape = BackwardShape<T, kColumns, false>;
   using Chunks = Tile<T, kColumns>;
@@ -180,7 +183,8 @@ __global__ void __launch_bounds__(BackwardShape<T, kColumns, false>::kThreads, B
 }
 
 template <typename T, int kColumns>
-__global__ void __launch_bounds__(BackwardShape<T, kColumns, true>::kThreads, BackwardShape<T, kColumns, true>::kBlocks)
+__global__ void __launch_bounds__(BackwardShape<T, kColumns, true>::kThreads,
+                                  BackwardShape<T, kColumns, true>::kBlocks)
     dkey_dvalue_kernel(const __grid_constant__ BackwardArgs args) {
   using Shape = BackwardShape<T, kColumns, true>;
   using Chunks = Tile<T, kColumns>;
@@ -248,8 +252,7 @@ __global__ void __launch_bounds__(BackwardShape<T, kColumns, true>::kThreads, Ba
     const Plane<T> plane(a, sequence, place.head * a.group + step / walk.tiles);
     Work work = Work::kElementwise;
     if (walk.is_near(tile) && !place.gathered) {
-      work =
-          work_of<true>(walk.near, plane.offset, row0, 16 * kM, query0, kTile, sequence.queries);
+      work = work_of<true>(walk.near, plane.offset, row0, 16 * kM, query0, kTile, sequence.queries);
     }
     if (work == Work::kNone) continue;
 

@@ -29,6 +29,8 @@ struct DecodeArgs {
   float *part_out, *part_lse;  // [splits * warps, batches, heads, queries, columns of values]
 };
 
+constexpr int kDecodeBlocks = 3;  // of a multiprocessor: 168 registers for each of 128 threads
+
 template <typename T, int kColumns>
 struct DecodeShape {
   static constexpr int kWarps = kColumns == 256 ? 2 : 4;
@@ -36,6 +38,7 @@ struct DecodeShape {
   static constexpr int kKeys = sizeof(T) == 2 ? 16 : 8;  // of a warp
   static constexpr int kTile = kKeys * kWarps;
   static constexpr size_t kShared = sizeof(T) * kColumns * (16 + 4 * kTile);
+  static_assert(kShared <= kMaxShared);
 };
 
 // Where a row of the cache is.
@@ -138,8 +141,7 @@ __device__ __forceinline__ void decode_weights(Accumulator (&s)[kN],
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int key = key0 + 8 * n + threadIdx.x % 4 * 2 + c, distance = key - position;
-      const bool is_global = key < a.global_tokens ||
-                             (0 <= position && position < a.global_tokens);
+      const bool is_global = key < a.global_tokens || (0 <= position && position < a.global_tokens);
       const bool seen = row.head >= 0 && key < length && distance <= a.limit &&
                         ((a.low <= distance && distance <= a.high) || is_global);
       float x = s[n][2 * r + c] * a.scale * scale_of(a.key_scale, a.key_scale_stride, key);
@@ -175,7 +177,7 @@ __device__ __forceinline__ void decode_weights(Accumulator (&s)[kN],
 }
 
 template <typename T, int kColumns>
-__global__ void __launch_bounds__(DecodeShape<T, kColumns>::kThreads)
+__global__ void __launch_bounds__(DecodeShape<T, kColumns>::kThreads, kDecodeBlocks)
     decode_kernel(const __grid_constant__ DecodeArgs a) {
   using Shape = DecodeShape<T, kColumns>;
   using Chunks = Tile<T, kColumns>;
@@ -189,7 +191,7 @@ __global__ void __launch_bounds__(DecodeShape<T, kColumns>::kThreads)
   const int kv_head = plane % kv_heads, batch = plane / kv_heads;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int length = min(max(a.lengths[batch], 0), a.cache_rows);
-  const int offset = length - a.queries;  // position - query
+  const int offset = length - a.queries;           // position - query
   const bool sees_all = offset < a.global_tokens;  // some query is at a global position
 
   // Tiles: those before the window that hold global keys, then those of the window.
@@ -258,7 +260,8 @@ __global__ void __launch_bounds__(DecodeShape<T, kColumns>::kThreads)
     row[r].sum = sum;
     if (row[r].head < 0) continue;
     const int64_t part = blockIdx.y * Shape::kWarps + warp;
-    const int64_t at = ((part * a.batches + batch) * a.heads + row[r].head) * a.queries + row[r].query;
+    const int64_t at =
+        ((part * a.batches + batch) * a.heads + row[r].head) * a.queries + row[r].query;
     if (lane % 4 == 0) {
       const float lse = fmaf(row[r].top, kLn2, fmaf(row[r].top, kLn2Low, logf(sum)));
       a.part_lse[at] = sum > 0.f ? lse : sum - INFINITY;

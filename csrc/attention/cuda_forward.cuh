@@ -25,9 +25,11 @@ struct ForwardShape {
   static constexpr int kKeys = kHalf ? (kColumns == 64 ? 64 : 32) : (kColumns == 256 ? 16 : 32);
   static constexpr int kRows = 16 * kM * kWarps;
   static constexpr int kThreads = kWarp * kWarps;
-  static constexpr int kBlocks = 8 / kWarps;  // of a multiprocessor: a thread may have 255 registers
+  static constexpr int kBlocks =
+      8 / kWarps;  // of a multiprocessor: a thread may have 255 registers
   // The queries, and two stages of keys and values.
   static constexpr size_t kShared = sizeof(T) * kColumns * (kRows + 4 * kKeys);
+  static_assert(kShared <= kMaxShared);
 };
 
 // Running maximum, in powers of two, and sum of a lane's rows. The sum is the lane's own part.
@@ -115,7 +117,8 @@ __device__ __forceinline__ void drop(Accumulator (&p)[kM][kN], Bits<kM, kN> bits
 }
 
 template <typename T, int kColumns>
-__global__ void __launch_bounds__(ForwardShape<T, kColumns>::kThreads, ForwardShape<T, kColumns>::kBlocks)
+__global__ void __launch_bounds__(ForwardShape<T, kColumns>::kThreads,
+                                  ForwardShape<T, kColumns>::kBlocks)
     forward_kernel(const __grid_constant__ ForwardArgs args) {
   using Shape = ForwardShape<T, kColumns>;
   constexpr int kM = Shape::kM, kKeys = Shape::kKeys, kN = kKeys / 8, kRows = Shape::kRows;
@@ -181,8 +184,8 @@ __global__ void __launch_bounds__(ForwardShape<T, kColumns>::kThreads, ForwardSh
   }
 
   const auto is_stored = [&](int query) {
-    return query >= 0 && (place.gathered || !a.has_globals() ||
-                          !sequence.is_global(a, query + sequence.offset));
+    return query >= 0 &&
+           (place.gathered || !a.has_globals() || !sequence.is_global(a, query + sequence.offset));
   };
 #pragma unroll
   for (int r = 0; r < 2 * kM; ++r) {

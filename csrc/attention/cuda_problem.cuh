@@ -12,7 +12,8 @@
 
 namespace kernels::attention {
 
-constexpr int kFar = 1 << 30;  // further than any two positions are apart
+constexpr int kFar = 1 << 30;             // further than any two positions are apart
+constexpr size_t kMaxShared = 99 * 1024;  // of a block on sm_86, 89 and 120; others have more
 
 // A tensor [batch, heads, rows, columns] with neighbouring columns; strides in elements.
 struct Heads {
@@ -40,8 +41,8 @@ struct Problem {
   int limit;        // distances beyond it are never seen, window or not
   int lower_right;  // position = query + (lower_right ? keys - queries : 0)
   int global_tokens;
-  const uint8_t* global_mask;     // [batches, keys] or null, strides below
-  const int *globals, *n_globals; // [batches, keys], [batches]: global positions in order, or null
+  const uint8_t* global_mask;      // [batches, keys] or null, strides below
+  const int *globals, *n_globals;  // [batches, keys], [batches]: global positions in order, or null
   int64_t global_batch, global_key;
 
   const void* mask;  // [batches, heads, queries, keys], strides below
@@ -76,11 +77,11 @@ struct Subset {
 
 // One sequence of one batch entry.
 struct Sequence {
-  int number;                // batch entry, or number of the packed sequence
-  int queries, keys;         // its lengths
-  int64_t query0, key0;      // its first rows in the tensors
-  int64_t batch;             // its place in the tensors' batch dimension
-  int offset;                // position - query
+  int number;            // batch entry, or number of the packed sequence
+  int queries, keys;     // its lengths
+  int64_t query0, key0;  // its first rows in the tensors
+  int64_t batch;         // its place in the tensors' batch dimension
+  int offset;            // position - query
 
   __device__ __forceinline__ Sequence(const Problem& a, int number)
       : number(number), queries(a.queries), keys(a.keys), query0(0), key0(0), batch(number) {
@@ -119,7 +120,7 @@ struct Sequence {
 
 // Distances that a query sees in one part of a walk.
 struct Band {
-  int low, high;              // seen
+  int low, high;                // seen
   int except_low, except_high;  // but not these, which another part has
 
   __device__ __forceinline__ bool has(int distance) const {
@@ -128,7 +129,8 @@ struct Band {
   }
 };
 
-// Blocks of a launch: `gathered` of global rows and then `ordinary`, for each head of each sequence.
+// Blocks of a launch: `gathered` of global rows and then `ordinary`, for each head of each
+// sequence.
 struct Grid {
   int gathered, ordinary, heads;
   bool reversed;  // the last rows first: with causality they have most to do
@@ -153,8 +155,9 @@ struct Place {
     const int block = blockIdx.x % blocks, plane = blockIdx.x / blocks;
     gathered = block < grid.gathered;
     const int ordinary = block - grid.gathered;
-    first = rows_per_block *
-            (gathered ? block : grid.reversed ? grid.ordinary - 1 - ordinary : ordinary);
+    first = rows_per_block * (gathered        ? block
+                              : grid.reversed ? grid.ordinary - 1 - ordinary
+                                              : ordinary);
     head = plane % grid.heads;
     sequence = plane / grid.heads;
   }

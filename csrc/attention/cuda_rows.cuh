@@ -21,7 +21,8 @@ struct DeltaArgs {
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads) delta_kernel(const DeltaArgs a) {
   constexpr int kPerChunk = kVectorBytes / static_cast<int>(sizeof(T));
-  const int64_t number = (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) / kLanesPerRow;
+  const int64_t number =
+      (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) / kLanesPerRow;
   const int64_t row = min(number, a.rows - 1);  // all lanes take part in the sum
   const int64_t plane = row / a.queries;
   const auto start = [&](const Heads& of) {
@@ -93,8 +94,8 @@ __global__ void __launch_bounds__(kRowThreads) globals_kernel(const GlobalsArgs 
   for (int first = 0; first < a.keys; first += kRowThreads, turn ^= 1) {
     const int position = first + threadIdx.x;
     const bool is_global =
-        position < a.keys && (position < a.global_tokens ||
-                              a.mask[blockIdx.x * a.batch + position * a.key] != 0);
+        position < a.keys &&
+        (position < a.global_tokens || a.mask[blockIdx.x * a.batch + position * a.key] != 0);
     const unsigned lanes = __ballot_sync(kAllLanes, is_global);
     if (lane == 0) found[turn][warp] = __popc(lanes);
     __syncthreads();

@@ -1,5 +1,6 @@
 // From the products of queries and keys to scores: scale, softcap, ALiBi, masks, visibility; and
-// which weights dropout keeps. Tiles that every query sees whole, without any of these, skip it all.
+// which weights dropout keeps. Tiles that every query sees whole, without any of these, skip it
+// all.
 #pragma once
 
 #include "attention/cuda_problem.cuh"
@@ -44,8 +45,8 @@ struct Plane {
     }
     if (a.mask_kind != Mask::kNone) {
       const int size = a.mask_kind == Mask::kBool ? 1 : a.mask_kind == Mask::kFloat32 ? 4 : 2;
-      mask = static_cast<const char*>(a.mask) +
-             size * (s.number * a.mask_batch + head * a.mask_head);
+      mask =
+          static_cast<const char*>(a.mask) + size * (s.number * a.mask_batch + head * a.mask_head);
     }
     const uint64_t seed = a.seed == nullptr ? 0 : static_cast<uint64_t>(*a.seed);
     seed_low = static_cast<unsigned>(seed);
@@ -105,8 +106,7 @@ __device__ __forceinline__ uint4 philox(unsigned key0, unsigned key1, uint4 coun
     const uint64_t first = uint64_t{0xD2511F53u} * counter.x;
     const uint64_t second = uint64_t{0xCD9E8D57u} * counter.z;
     counter = {static_cast<unsigned>(second >> 32) ^ counter.y ^ key0,
-               static_cast<unsigned>(second),
-               static_cast<unsigned>(first >> 32) ^ counter.w ^ key1,
+               static_cast<unsigned>(second), static_cast<unsigned>(first >> 32) ^ counter.w ^ key1,
                static_cast<unsigned>(first)};
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
@@ -127,8 +127,8 @@ template <int kM, int kN>
 using Bits = std::conditional_t<(4 * kM * kN > 32), uint64_t, uint32_t>;
 
 template <int kM, int kN, bool kKeysKept, typename T>
-__device__ __forceinline__ Bits<kM, kN> keep_bits(const Plane<T>& plane, const Subset& rows, int row0,
-                                              const Subset& columns, int column0) {
+__device__ __forceinline__ Bits<kM, kN> keep_bits(const Plane<T>& plane, const Subset& rows,
+                                                  int row0, const Subset& columns, int column0) {
   constexpr int kInner = kKeysKept ? 2 * kM : 2 * kN;
   const int lane = threadIdx.x % kWarp;
   Bits<kM, kN> bits = 0;
@@ -158,8 +158,8 @@ __device__ __forceinline__ Bits<kM, kN> keep_bits(const Plane<T>& plane, const S
   return bits;
 }
 
-// Moves column tile n + 1 to n, and 0 to the end. A rolled loop that works on tile 0 and then rotates
-// has a kN-th of the code of an unrolled one, at the cost of moves between registers.
+// Moves column tile n + 1 to n, and 0 to the end. A rolled loop that works on tile 0 and then
+// rotates has a kN-th of the code of an unrolled one, at the cost of moves between registers.
 template <int kM, int kN>
 __device__ __forceinline__ void rotate(Accumulator (&s)[kM][kN]) {
 #pragma unroll

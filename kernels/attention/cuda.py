@@ -115,8 +115,9 @@ class _Problem:
 
     def flat(self) -> list[int | float]:
         pattern, scaling = self.pattern, self.scaling
-        packed = self.cu_seqlens_q is not None
-        batches = self.cu_seqlens_q.numel() - 1 if packed else self.query.shape[0]
+        batches = self.query.shape[0]
+        if self.cu_seqlens_q is not None:
+            batches = self.cu_seqlens_q.numel() - 1
         limit = 0 if pattern.causal else FAR
         return [
             DTYPE_CODES[self.query.dtype],

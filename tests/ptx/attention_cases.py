@@ -118,7 +118,7 @@ def packed(
     return made
 
 
-def _attend(each: Case, leaves: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+def attend(each: Case, leaves: list[Tensor | None]) -> tuple[Tensor, Tensor]:
     """out and lse of torch's ops, in the dtype of the leaves query, key, value and sinks."""
     query, key, value, sinks = leaves
     assert query is not None
@@ -166,7 +166,7 @@ def by_torch(each: Case, dtype: torch.dtype) -> list[Tensor | None]:
         None if x is None else x.detach().to(dtype).requires_grad_()
         for x in (each.query, each.key, each.value, each.sinks)
     ]
-    out, lse = _attend(each, leaves)
+    out, lse = attend(each, leaves)
     finite = torch.isfinite(lse)
     total = (out * each.dout.to(dtype)).sum()
     if each.dlse is not None:

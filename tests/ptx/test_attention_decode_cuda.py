@@ -12,6 +12,7 @@ from torch import Tensor
 import ptx
 from kernels.attention.decode import cuda, reference
 from kernels.attention.pattern import Pattern, Scaling
+from tests.ptx.attention_cases import Case, attend
 from tests.ptx.conftest import ARCHS, SCHEDULES
 from tests.tolerance import assert_as_exact_as_torch
 
@@ -86,12 +87,29 @@ def check(
         tuple(Scaling(head_dim**-0.5, softcap, 0.0)),
     )
     got = cuda.forward(query, *caches, *rest)
-    exact = reference.forward(query.double(), *caches, *rest)
-    torchs = reference.forward(query, *caches, *rest)
-    # In bf16 and fp16 torch rounds the weights before the second product.
-    rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
-    torchs = [torchs[0] + rounding * exact[0].abs().max().to(dtype), torchs[1]]
+    dense = [
+        reference.dense(cache, scale, table, torch.float64)
+        for cache, scale in zip(caches, scales, strict=True)
+    ]
+    exact, torchs = (
+        by_torch(query.to(wanted), *(x.to(wanted) for x in dense), rest)
+        for wanted in (torch.float64, dtype)
+    )
     assert_as_exact_as_torch(got, torchs, exact, ["out", "lse"])
+
+
+def by_torch(query: Tensor, key: Tensor, value: Tensor, rest: tuple[Any, ...]) -> list[Tensor]:
+    """out and lse, sequence by sequence, in the dtype of the tensors."""
+    *_, slopes, sinks, pattern, scaling = rest
+    parts = []
+    for n, length in enumerate(LENGTHS):
+        one = slice(n, n + 1)
+        numbers = Pattern(*pattern)._replace(max_seqlen_k=length)
+        tensors = query[one], key[one, :, :length], value[one, :, :length]
+        each = Case(*tensors, numbers, Scaling(*scaling))
+        each.alibi_slopes = None if slopes is None else slopes[one]
+        parts.append(attend(each, [*tensors, sinks]))
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
 def keywords(feature: str) -> dict[str, Any]:

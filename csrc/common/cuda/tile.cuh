@@ -3,7 +3,8 @@
 // A tile holds rows of kColumns elements, without padding. The 16-byte chunks of a row are permuted
 // by the row's number (`chunk_at`), so that every access below meets each bank once. The numbers
 // are 16-bit floats, or fp32: then each product is three of tf32 halves, added in fp32 outside of
-// the tensor core, whose own sums are truncated (Ootomo and Yokota 2022, doi 10.1177/10943420221090256).
+// the tensor core, whose own sums are truncated (Ootomo and Yokota 2022,
+// doi 10.1177/10943420221090256).
 #pragma once
 
 #include "common/cuda/mma.cuh"
