@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,13 +22,13 @@ def _linear_case(rows: int, features: int, classes: int) -> Case:
     return Case(f"linear {rows}x{features}x{classes}", sizes)
 
 
-def _run(*arguments: Tensor) -> Tensor:
+def _run(*arguments: Any) -> Tensor:
     """(input, target), or (input, linear_weight, target)."""
     loss: Tensor = (linear_cross_entropy if len(arguments) == 3 else cross_entropy)(*arguments)
     return loss
 
 
-def _run_torch(*arguments: Tensor) -> Tensor:
+def _run_torch(*arguments: Any) -> Tensor:
     if len(arguments) == 3:
         return F.cross_entropy(F.linear(arguments[0], arguments[1]), arguments[2])
     return F.cross_entropy(*arguments)
@@ -43,10 +45,12 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
     target = torch.randint(0, classes, (rows,), generator=generator).to(device)
     features = case.sizes.get("features")
     if features is None:
-        tensors = (normal(rows, classes) * (1 + torch.rand(rows, 1, generator=generator)),)
+        tensors: list[Tensor] = [
+            normal(rows, classes) * (1 + torch.rand(rows, 1, generator=generator))
+        ]
     else:
-        tensors = (normal(rows, features), normal(classes, features) / features**0.5)
-    tensors = tuple(tensor.to(device=device, dtype=dtype) for tensor in tensors)
+        tensors = [normal(rows, features), normal(classes, features) / features**0.5]
+    tensors = [tensor.to(device=device, dtype=dtype) for tensor in tensors]
     gradient = torch.ones((), device=device, dtype=dtype)
     return Inputs((*tensors, target), tuple(range(len(tensors))), gradient)
 
