@@ -147,6 +147,19 @@ void forward_as(const ForwardArgs& f) {
       }
       return;
     }
+    if (a.cols <= kBlock && !decltype(term_of(0, 1.f))::kUsed && !f.best) {
+      parallel_for((a.rows + 3) / 4, threads, [&](int64_t group) {
+        const int64_t row = 4 * group, rows = a.rows - row < 4 ? a.rows - row : 4;
+        Partial sums[4];
+        if (rows == 4) {
+          short_rows<4>(row_of<T>(a, row), a.row_stride, a.cols, transform, sums);
+        } else {
+          for (int64_t r = 0; r < rows; r++) sums[r] = partial(row + r, 0, a.cols);
+        }
+        for (int64_t r = 0; r < rows; r++) finish_row<T>(f, row + r, sums[r], transform);
+      });
+      return;
+    }
     parallel_for(a.rows, threads, [&](int64_t row) {
       Partial sums{};
       Largest best{};

@@ -88,50 +88,104 @@ struct Largest {
   int64_t at;   // its first class
 };
 
+// out[r] = the largest of row r's n logits; rows are `stride` apart.  Several rows at a time
+// overlap their chains of dependent operations (the lanes' maximum, the lanes' sum, the logarithm).
+template <int kRows, class T, class Transform>
+SIMD_INLINE void rows_max(const T* x, int64_t stride, int64_t n, Transform transform, float* out) {
+  vf top[kRows][kUnroll];
+#pragma GCC unroll 4
+  for (auto& row : top) row[0] = row[1] = set1(-INFINITY);
+  for_each_vector(n, [&](int64_t i, auto lanes, int u) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) {
+      const vf v = transform(load(x + r * stride + i, lanes));
+      top[r][u] = max(top[r][u], fill_past(v, lanes, -INFINITY));
+    }
+  });
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; r++) out[r] = max_lane(max(top[r][0], top[r][1]));
+}
+
+// out[r] = the sum of exp(x'_c - reference[r]) over row r.
+template <int kRows, class T, class Transform>
+SIMD_INLINE void rows_sum(const T* x, int64_t stride, int64_t n, Transform transform,
+                          const float* reference, float* out) {
+  Accumulator sum[kRows];
+  for_each_vector(n, [&](int64_t i, auto lanes, int u) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) {
+      const vf v = transform(load(x + r * stride + i, lanes));
+      sum[r].slot[u] += exp(fill_past(v, lanes, -INFINITY) - reference[r]);
+    }
+  });
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; r++) out[r] = Accumulator::total(sum[r]);
+}
+
+// A row of nothing but -inf is taken relative to 0: exp(-inf - 0) adds nothing.
+SIMD_INLINE float reference_of(float top) { return top == -INFINITY ? 0.f : top; }
+
+// The sums of kRows rows of at most kBlock classes; the same bits as row_partial's.
+template <int kRows, class T, class Transform>
+SIMD_INLINE void short_rows(const T* x, int64_t stride, int64_t n, Transform transform,
+                            Partial* out) {
+  float top[kRows], reference[kRows], sum[kRows];
+  rows_max<kRows>(x, stride, n, transform, top);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; r++) reference[r] = reference_of(top[r]);
+  rows_sum<kRows>(x, stride, n, transform, reference, sum);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; r++) out[r] = {top[r], double(sum[r]), 0.0, 0.0};
+}
+
+// The same sum, with the largest logit on the way.
 template <class T, class Transform>
-SIMD_INLINE float block_max(const T* x, int64_t n, Transform transform) {
+SIMD_INLINE float sum_and_max(const T* x, int64_t n, Transform transform, float reference,
+                              float* largest) {
   vf top[kUnroll];
   for (vf& v : top) v = set1(-INFINITY);
+  Accumulator sum;
   for_each_vector(n, [&](int64_t i, auto lanes, int u) {
-    top[u] = max(top[u], fill_past(transform(load(x + i, lanes)), lanes, -INFINITY));
+    // The hardware stops at each page of 4 KiB.
+    if (sizeof(T) == sizeof(float) || u == 0) __builtin_prefetch(x + i + kBlock);
+    const vf v = fill_past(transform(load(x + i, lanes)), lanes, -INFINITY);
+    top[u] = max(top[u], v);
+    sum.slot[u] += exp(v - reference);
   });
-  return max_lane(max(top[0], top[1]));
+  *largest = max_lane(max(top[0], top[1]));
+  return Accumulator::total(sum);
 }
 
 // Adds the block x [n] to `p`; `term` counts classes from the block's first.
 template <class T, class Transform, class Term>
 SIMD_INLINE void add_block(Partial& p, const T* x, int64_t n, int64_t first, Transform transform,
                            Term term) {
-  if (p.top == -INFINITY) p.top = block_max(x, n, transform);  // the first, or only -inf so far
-  for (;;) {
-    const float reference = p.top == -INFINITY ? 0.f : p.top;  // exp(-inf - 0) adds nothing
-    vf top[kUnroll];
-    for (vf& v : top) v = set1(-INFINITY);
-    Accumulator sum;
-    for_each_vector(n, [&](int64_t i, auto lanes, int u) {
-      const vf v = fill_past(transform(load(x + i, lanes)), lanes, -INFINITY);
-      top[u] = max(top[u], v);
-      sum.slot[u] += exp(v - reference);
-    });
-    const float largest = max_lane(max(top[0], top[1]));
+  float sum;
+  if (p.top == -INFINITY) {  // the first, or nothing but -inf so far
+    rows_max<1>(x, 0, n, transform, &p.top);
+    const float reference = reference_of(p.top);
+    rows_sum<1>(x, 0, n, transform, &reference, &sum);
+  } else {
+    float largest;
+    sum = sum_and_max(x, n, transform, p.top, &largest);
     if (largest > p.top + kSlack) {
       p.sum *= double(exp_one(p.top - largest));
       p.top = largest;
-      continue;
+      rows_sum<1>(x, 0, n, transform, &p.top, &sum);
     }
-    p.sum += double(Accumulator::total(sum));
-    if constexpr (Term::kUsed) {  // from L1
-      Accumulator weights, weighted;
-      for_each_vector(n, [&](int64_t i, auto lanes, int u) {
-        const vf k = term(first + i, lanes);
-        weights.slot[u] += k;
-        weighted.slot[u] += zero_past(k * (transform(load(x + i, lanes)) - reference), lanes);
-      });
-      const double k = double(Accumulator::total(weights));
-      p.weights += k;
-      p.weighted += double(Accumulator::total(weighted)) + k * double(reference);
-    }
-    return;
+  }
+  p.sum += double(sum);
+  if constexpr (Term::kUsed) {  // from L1
+    const float reference = reference_of(p.top);
+    Accumulator weights, weighted;
+    for_each_vector(n, [&](int64_t i, auto lanes, int u) {
+      const vf k = term(first + i, lanes);
+      weights.slot[u] += k;
+      weighted.slot[u] += zero_past(k * (transform(load(x + i, lanes)) - reference), lanes);
+    });
+    const double k = double(Accumulator::total(weights));
+    p.weights += k;
+    p.weighted += double(Accumulator::total(weighted)) + k * double(reference);
   }
 }
 

@@ -92,8 +92,7 @@ class RowFunction(torch.autograd.Function):
             # create_graph: lse depends on input, so it takes part in the second derivative.
             x = reference.logits(input, options.softcap, options.logit_scale)
             lse, backend, inplace = reference.log_sum_exp(x), reference, False
-        overlapping = input.shape[0] > 1 and input.stride(0) < input.shape[1]
-        inplace = inplace and not overlapping and not isinstance(backend, Operators)
+        inplace = inplace and not isinstance(backend, Operators) and not _overlap(input)
         mask = ctx.needs_input_grad[:2]
         dinput, dtarget = backend.backward(
             dlosses, dlse, input, target, weight, *options, lse, mask, inplace
@@ -101,6 +100,10 @@ class RowFunction(torch.autograd.Function):
         if inplace:
             torch.autograd.graph.increment_version(input)
         return dinput if mask[0] else None, dtarget if mask[1] else None, None, None, None, None
+
+
+def _overlap(rows: Tensor) -> bool:
+    return rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]
 
 
 def row_losses(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.attention import CausalSelfAttention, KeyValueCache
+from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.layer_norm import LayerNorm
 
 
@@ -27,6 +28,11 @@ class TorchSelfAttention(CausalSelfAttention):
         return F.scaled_dot_product_attention(q, key, value, seen)
 
 
+def _linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    """F.linear_cross_entropy, which torch has from 2.13 on."""
+    return F.cross_entropy(F.linear(input, linear_weight), target)
+
+
 @dataclass(frozen=True)
 class Layers:
     """What ``GPT(config, layers)`` is built from."""
@@ -34,19 +40,21 @@ class Layers:
     layer_norm: type[nn.LayerNorm]
     self_attention: type[CausalSelfAttention]
     cross_entropy: Callable[..., Tensor]  # F.cross_entropy
+    linear_cross_entropy: Callable[..., Tensor]  # F.linear_cross_entropy
 
 
 TORCH = Layers(
     layer_norm=nn.LayerNorm,
     self_attention=TorchSelfAttention,
     cross_entropy=F.cross_entropy,
+    linear_cross_entropy=_linear_cross_entropy,
 )
 
-# PyTorch's op stands where this package has no fused one.
 FUSED = Layers(
     layer_norm=LayerNorm,
     self_attention=CausalSelfAttention,
-    cross_entropy=F.cross_entropy,
+    cross_entropy=cross_entropy,
+    linear_cross_entropy=linear_cross_entropy,
 )
 
 LAYERS = {"torch": TORCH, "fused": FUSED}  # by the name used on the command line

@@ -6,7 +6,7 @@ post-norm. Shapes: B sequences, T tokens, C = n_embd, H heads of D = C / H, V = 
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -70,6 +70,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.cross_entropy = layers.cross_entropy
+        self.linear_cross_entropy = layers.linear_cross_entropy
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -104,10 +105,13 @@ class GPT(nn.Module):
         idx: torch.Tensor,
         targets: torch.Tensor | None = None,
         cache: list[KeyValueCache] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with_logits: bool = True,
+    ) -> tuple[Any, torch.Tensor | None]:
         """Logits [B, T, V] of the tokens that follow `idx` [B, T] (int64), and the mean loss.
 
         The loss is the cross-entropy, in nats per token, against `targets` [B, T]; None without.
+        With targets the logits can be done without: then they are None, and the fused layers
+        never store them whole.
         With a cache (for inference) `idx` goes on after the tokens in it, and is added to it.
         Raises ValueError where T, together with what is cached, exceeds block_size.
         """
@@ -120,7 +124,10 @@ class GPT(nn.Module):
         for number, block in enumerate(self.blocks):
             x = block(x, cache[number] if cache else None)
         head = self.token_embedding if self.config.tie_weights else self.head
-        logits = F.linear(self.final_norm(x), head.weight)
+        x = self.final_norm(x)
+        if targets is not None and not with_logits:
+            return None, self.linear_cross_entropy(x.flatten(0, 1), head.weight, targets.flatten())
+        logits = F.linear(x, head.weight)
         if targets is None:
             return logits, None
         return logits, self.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -89,7 +89,7 @@ class Trainer:
     def _loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x, y = x.to(self.device), y.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
-            return model(x, y)[1]
+            return model(x, y, with_logits=False)[1]
 
     def train_step(self) -> float:
         """One optimiser step; returns its loss. Raises CommandError where that is not finite."""
