@@ -155,9 +155,9 @@ def _layer_norm_triton() -> list[Call]:
 
 
 def _cross_entropy_triton() -> list[Call]:
-    from kernels.cross_entropy import triton as backend
+    from kernels.cross_entropy import triton_plan
 
-    tiles = [row[0] for row in backend.plan.TILES]
+    tiles = [row[0] for row in triton_plan.TILES]
     sweeps = [1000, 3000, 5000, 50257]  # by 1, 2, 4 and 8 warps
     plain = [(n, torch.bfloat16, "") for n in (*tiles, 65, 255, *sweeps)]
     plain += [(n, torch.float32, "") for n in (65, 96, 50257)]

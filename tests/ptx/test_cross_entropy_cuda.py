@@ -298,7 +298,7 @@ def test_no_bit_depends_on_the_scheduler():
         size: make_logits(*size, torch.float32) for size in [(70, 65), (3, 1301), (1, 16_391)]
     }
     for size, x in logits.items():
-        target = torch.arange(size[0])
+        target = torch.arange(size[0]) % size[1]
         found = []
         for options in [*({"schedule": name} for name in SCHEDULES), {"preempt": 20}]:
             with session("sm_80", seed=3, **options):
@@ -310,9 +310,11 @@ def test_no_bit_depends_on_the_scheduler():
 
 
 def test_there_is_room_for_the_error_of_approximate_instructions():
-    """ex2.approx of a GPU is another function than the executor's, within the same bound."""
+    """ex2.approx of a GPU is another function than the executor's, within the same bound. Without
+    softcap: CUDA's tanhf is right to a unit in the last place on GPUs, but not with any such bound.
+    """
     with session("sm_80", jitter=True, seed=5):
-        check(cuda, make_logits(5, 65, torch.float32), EVERYTHING)
+        check(cuda, make_logits(5, 65, torch.float32), Options(0.1, 1e-3, weighted=True, dlse=True))
         check(cuda, make_logits(5, 1301, torch.float32), PLAIN)
 
 
