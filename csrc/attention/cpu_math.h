@@ -22,7 +22,12 @@ SIMD_INLINE vi lane_numbers() {
 // so that e^0 is.
 SIMD_INLINE vf exp_nonpositive(vf x) {
   const vf magic = set1(12582912.f), log2e = set1(1.44269504088896341f), smallest = set1(-87.3f);
-  const vf t = x * log2e + magic, n = t - magic, f = x * log2e - n;
+  const vf t = x * log2e + magic, n = t - magic;
+#if defined(__FMA__)
+  const vf f = x * log2e - n;
+#else  // x log2(e) would be rounded: subtract n log(2) in two parts, the first of which is exact
+  const vf f = ((x - n * set1(0.693359375f)) + n * set1(2.12194440e-4f)) * log2e;
+#endif
   vf p = set1(1.326472731e-3f);
   p = p * f + set1(9.671512991e-3f);
   p = p * f + set1(5.550733581e-2f);
