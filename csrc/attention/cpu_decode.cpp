@@ -138,7 +138,7 @@ SIMD_INLINE float finish_scores(const DecodeCall& c, Query q, int key, int count
         scale[i] = key_scale[(j + i) * scale_stride];
       x *= scale;
     }
-    if (c.softcap != 0) x = tanh_of(x * set1(1 / c.softcap)) * set1(c.softcap);
+    if (c.softcap != 0) x = tanh(x * set1(1 / c.softcap)) * set1(c.softcap);
     const vi number = lane_numbers() + set1(j);  // within the block
     const vi at = number + set1(key), distance = at - set1(q.position);
     if (c.alibi_slopes) {

@@ -28,7 +28,7 @@ struct TileGradients {
   float *q, *dout;            // Q^T, dO^T: [step][kQueries]
   float *q_rows, *dout_rows;  // steps along queries: [query / kPack][packed_row(dim)]
   float *dq_memory, *dq;      // dQ^T: [dim][kQueries], here or elsewhere, null where not wanted
-  float *lse, *delta;         // [kQueries]: delta times scale
+  float *lse, *delta;         // [kQueries]
 };
 
 template <class Dot>
@@ -61,7 +61,7 @@ struct GradientWorkspace {
   }
 };
 
-// delta of the tile's queries.
+// delta of the tile's queries, in double: where few keys are seen, dP - delta cancels.
 inline void write_delta(const Head& h, const Gradients& g, const Tile& t) {
   const Call& c = h.call;
   dispatch_float(c.dtype, [&](auto type) {
@@ -75,13 +75,15 @@ inline void write_delta(const Head& h, const Gradients& g, const Tile& t) {
     }
     float* delta = g.delta + h.statistics_row() + t.first;
     for (int i = 0; i < t.rows; i++) {
-      vf total{};
+      Doubles total{};
       for (int d = 0; d < c.value_dim; d += kLanes) {
         const int some = c.value_dim - d;
-        total +=
-            load_some(out + i * c.out.row + d, some) * load_some(dout + i * g.dout.row + d, some);
+        total += to_doubles(load_some(out + i * c.out.row + d, some)) *
+                 to_doubles(load_some(dout + i * g.dout.row + d, some));
       }
-      delta[i] = sum(total) - (dlse ? dlse[i * g.dlse_query] : 0.f);
+      double whole = dlse ? -double(dlse[i * g.dlse_query]) : 0.0;
+      for (int lane = 0; lane < kLanes; lane++) whole += total[lane];
+      delta[i] = float(whole);
     }
   });
 }
@@ -104,7 +106,7 @@ void load_tile(const Head& h, const Gradients& g, TileGradients& t) {
   for (int i = 0; i < kQueries; i++) {
     const bool sees_some = i < t.tile.rows && lse[i] != -INFINITY;
     t.lse[i] = sees_some ? lse[i] : INFINITY;  // weights of exp(-inf) = 0
-    t.delta[i] = sees_some ? delta[i] * c.scale : 0.f;
+    t.delta[i] = sees_some ? delta[i] : 0.f;
   }
 }
 
@@ -120,7 +122,7 @@ SIMD_INLINE void gradient_column(const Rectangle& r, const Pattern& p, const Til
     const int at = j * kQueries + v * kLanes;
     vf weight = exp_nonpositive(load(weights + at) * set1(score_scale) - lse);
     if constexpr (kCut) weight = near_keys(p, r.key + j, position) ? weight : vf{};
-    vf dweight = weight * (load(dweights + at) * set1(scale) - delta);
+    vf dweight = weight * set1(scale) * (load(dweights + at) - delta);
     if (slope) dweight *= load(slope + at);
     store(weights + at, weight);
     store(dweights + at, dweight);

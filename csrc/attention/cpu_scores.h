@@ -92,7 +92,7 @@ SIMD_INLINE void modify_column(const Head& h, const Tile& t, const Rectangle& r,
     const int at = j * kQueries + v * kLanes;
     vf x = load(s + at) * set1(c.scale);
     if (c.softcap != 0) {
-      const vf bent = tanh_of(x * set1(1 / c.softcap));
+      const vf bent = tanh(x * set1(1 / c.softcap));
       x = bent * set1(c.softcap);
       if (slope) store(slope + at, set1(1.f) - bent * bent);
     }

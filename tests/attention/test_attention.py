@@ -38,17 +38,17 @@ def tensors(shape=(2, 4, 37, 51, 16), dtype=torch.float32, kv_heads=None, dv=Non
     return [query, key, value, None, torch.randn(heads).to(dtype) if sinks else None]
 
 
-PYTORCHS = [
-    {},
-    {"is_causal": True},
-    {"scale": 0.3},
-    {"scale": -1.5},
-    {"attn_mask": torch.rand(9, 13) > 0.4},
-    {"attn_mask": torch.randn(2, 1, 9, 13).double()},
-]
+PYTORCHS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "negative scale": {"scale": -1.5},
+    "bool mask": {"attn_mask": torch.rand(9, 13) > 0.4},
+    "float mask": {"attn_mask": torch.randn(2, 1, 9, 13).double()},
+}
 
 
-@pytest.mark.parametrize("keywords", PYTORCHS, ids=str)
+@pytest.mark.parametrize("keywords", PYTORCHS.values(), ids=PYTORCHS)
 def test_the_oracle_is_pytorchs_unfused_path(keywords):
     q, k, v, _, _ = tensors((2, 4, 9, 13, 8), torch.float64, kv_heads=2, dv=5)
     leaves = [x.requires_grad_() for x in (q, k, v)]
