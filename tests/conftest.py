@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from kernels import _native, dispatch
+
+# pytest-xdist's workers share the cores: threads that wait for each other's core by spinning make
+# tests several times as slow.  What depends on the number of threads sets it.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
 
 
 def implementations() -> list[str]:
