@@ -36,7 +36,8 @@ from ptx.cache import ROOT, digest
 from ptx.executor import Executor, Launch, readable
 from ptx.mutations import Mutant, mutants
 
-TESTS = tuple(f"tests/ptx/test_layer_norm_{part}.py" for part in ("sharp", "cuda", "triton"))
+PARTS = ("sharp", "edges", "cuda", "triton")
+TESTS = tuple(f"tests/ptx/test_layer_norm_{part}.py" for part in PARTS)
 # The dtype whose instances of a CUDA kernel are mutated; all template shapes are.
 DTYPE = "__nv_bfloat16"
 BASELINE_SECONDS = 600  # for one test

@@ -16,7 +16,7 @@ from kernels.layer_norm import reference
 from tests.ptx.test_layer_norm_sharp import ARCHS, EPS, TRITON_ARCHS, VECTORS, check
 
 # One for each of cuda's kernels, with vectors and without, and for each of its shapes.
-COLUMNS = [72, 255, 504, 511, 520, 1000, 2040, 2039, 16392, 16385]
+COLUMNS = [72, 255, 504, 511, 520, 1000, 1024, 2040, 2039, 16392, 16385]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EACH_GRADIENT = [(True, False, False), (False, True, False), (False, False, True)]
 # Rows of these lengths have means that float32 rounds, and a variance that only the second pass
@@ -40,6 +40,13 @@ def test_cuda_each_gradient_alone(cols):
 def test_cuda_every_number_of_threads_of_a_row():
     for cols in (*range(2, 34), 40, 72, 136):
         check("cuda", "sm_90a", 9, cols, torch.bfloat16)
+
+
+@pytest.mark.parametrize("parameters", DTYPES, ids=str)
+def test_cuda_rows_that_end_with_each_column_of_a_thread(parameters):
+    """Blocks of 64, 96 and 288 threads, in which a thread reads 16 or 32 parameters."""
+    for cols in (*range(513, 1024, 64), *range(1032, 1536, 96), *range(8200, 9216, 288)):
+        check("cuda", "sm_90a", 4, cols, torch.bfloat16, parameters)
 
 
 def shifted(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
