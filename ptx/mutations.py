@@ -260,8 +260,9 @@ class _Locations:
         for name, number in self._COMMENT.findall(line.partition("@[")[2]):
             path = next((path for path in self._files.values() if path.name == name), Path(name))
             self._frames.append((path, int(number)))
-        own = [(path, number) for file, number in self._frames if (path := _of_project(file))]
-        self._own = own or self._own  # some of Triton's lines lack their callers
+        own = ((_of_project(file), number) for file, number in self._frames)
+        found_own = [(file, number) for file, number in own if file is not None]
+        self._own = found_own or self._own  # some of Triton's lines lack their callers
 
     def here(self) -> list[str]:
         """["cuda_forward.cuh:88", the text of that line, those of its callers…]"""

@@ -50,8 +50,10 @@ def test_cuda_rows_that_end_with_each_column_of_a_thread(parameters):
 
 
 def shifted(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of one value each, about 1000, but for one element, which is one or two units
-    in the last place of its dtype larger."""
+    """Rows of one value each, about 1000, but for one element that is a unit or two larger.
+
+    The unit is that of the dtype's last place.
+    """
     x = (1000 + 8 * torch.arange(rows)).to(dtype)[:, None].repeat(1, cols)
     at = torch.arange(rows)[:, None] * 37 % cols
     return x.scatter(1, at, (x * (1 + torch.finfo(dtype).eps)).gather(1, at))
