@@ -37,6 +37,14 @@ def test_cuda_each_gradient_alone(cols):
         check("cuda", "sm_90a", 9, cols, torch.bfloat16, wanted=wanted)
 
 
+@pytest.mark.parametrize("cols", COLUMNS)
+def test_cuda_absent_parameters(cols):
+    cases = [(True, False, dtype) for dtype in DTYPES] + [(False, True, dtype) for dtype in DTYPES]
+    for weight, bias, parameters in [*cases, (False, False, torch.float32)]:
+        wanted, present = (True, weight, bias), (weight, bias)
+        check("cuda", "sm_90a", 3, cols, torch.bfloat16, parameters, wanted, present)
+
+
 def test_cuda_every_number_of_threads_of_a_row():
     for cols in (*range(2, 34), 40, 72, 136):
         check("cuda", "sm_90a", 9, cols, torch.bfloat16)

@@ -51,15 +51,19 @@ def check(
     dtype: torch.dtype,
     parameters: torch.dtype = torch.float32,
     wanted: tuple[bool, bool, bool] = (True, True, True),
+    present: tuple[bool, bool] = (True, True),  # weight and bias
 ) -> None:
     signs = balanced_signs(rows, cols)
-    weight = powers_of_two(cols).to(parameters)
-    bias = torch.randint(-3, 4, (cols,)).to(parameters)
+    weight = (powers_of_two(cols) if present[0] else torch.ones(cols)).to(parameters)
+    bias = (torch.randint(-3, 4, (cols,)) * present[1]).to(parameters)
+    given = [
+        tensor if there else None for tensor, there in zip((weight, bias), present, strict=True)
+    ]
     x, dy = (3 + signs).to(dtype), ((2 + 3 * signs) / weight.float()).to(dtype)
     module = dispatch.load("layer_norm", backend)
     with ptx.run(arch, multiprocessors=1):
-        y, statistics = module.forward(x, (cols,), weight, bias, EPS)
-        gradients = module.backward(dy, x, (cols,), weight, bias, statistics, wanted)
+        y, statistics = module.forward(x, (cols,), *given, EPS)
+        gradients = module.backward(dy, x, (cols,), *given, statistics, wanted)
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
     exact_y = F.layer_norm(leaves[0], (cols,), leaves[1], leaves[2], EPS)
     exact = torch.autograd.grad(exact_y, leaves, dy.double())
