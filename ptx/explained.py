@@ -31,16 +31,17 @@ def entries() -> list[Entry]:
     return found
 
 
-def _fits(wanted: str, text: str) -> bool:
+def fits(wanted: str, text: str) -> bool:
+    """Whether `text` is `wanted`, in which "…" stands for anything."""
     return re.fullmatch(".*".join(map(re.escape, wanted.split("…"))), text) is not None
 
 
 def explains(entry: Entry, kernel: str, mutant: Mutant) -> bool:
     """Whether `entry` is about this mutant of `kernel`, a name with template arguments or shape."""
     return (
-        any(_fits(entry["kernel"], name) for name in (kernel, kernel.split("<")[0]))
-        and _fits(entry["kind"], mutant.kind)
-        and _fits(entry["source"], mutant.source)
-        and _fits(entry.get("code", "…"), mutant.code)
-        and ("within" not in entry or any(_fits(entry["within"], line) for line in mutant.within))
+        any(fits(entry["kernel"], name) for name in (kernel, kernel.split("<")[0]))
+        and fits(entry["kind"], mutant.kind)
+        and fits(entry["source"], mutant.source)
+        and fits(entry.get("code", "…"), mutant.code)
+        and ("within" not in entry or any(fits(entry["within"], line) for line in mutant.within))
     )

@@ -7,6 +7,8 @@ these cases were survivors of the mutation test (ptx/mutate.py).
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -27,8 +29,8 @@ NEARLY_CONSTANT += [(9, 2040), (9, 2047)]
 
 @pytest.mark.parametrize("cols", COLUMNS)
 def test_cuda_parameters_of_every_dtype(cols):
-    for parameters in DTYPES:
-        check("cuda", "sm_90a", 5, cols, torch.bfloat16, parameters)
+    for weights, biases in itertools.product(DTYPES, repeat=2):
+        check("cuda", "sm_90a", 2, cols, torch.bfloat16, weights, biases=biases)
 
 
 @pytest.mark.parametrize("cols", COLUMNS)
@@ -42,7 +44,7 @@ def test_cuda_absent_parameters(cols):
     cases = [(True, False, dtype) for dtype in DTYPES] + [(False, True, dtype) for dtype in DTYPES]
     for weight, bias, parameters in [*cases, (False, False, torch.float32)]:
         wanted, present = (True, weight, bias), (weight, bias)
-        check("cuda", "sm_90a", 3, cols, torch.bfloat16, parameters, wanted, present)
+        check("cuda", "sm_90a", 2, cols, torch.bfloat16, parameters, wanted, present)
 
 
 def test_cuda_every_number_of_threads_of_a_row():

@@ -52,10 +52,11 @@ def check(
     parameters: torch.dtype = torch.float32,
     wanted: tuple[bool, bool, bool] = (True, True, True),
     present: tuple[bool, bool] = (True, True),  # weight and bias
+    biases: torch.dtype | None = None,  # where not as the weights
 ) -> None:
     signs = balanced_signs(rows, cols)
     weight = (powers_of_two(cols) if present[0] else torch.ones(cols)).to(parameters)
-    bias = (torch.randint(-3, 4, (cols,)) * present[1]).to(parameters)
+    bias = (torch.randint(-3, 4, (cols,)) * present[1]).to(biases or parameters)
     given = [
         tensor if there else None for tensor, there in zip((weight, bias), present, strict=True)
     ]
