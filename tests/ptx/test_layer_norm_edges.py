@@ -47,8 +47,8 @@ def test_cuda_absent_parameters(cols):
         check("cuda", "sm_90a", 2, cols, torch.bfloat16, parameters, wanted, present)
 
 
-def test_cuda_every_number_of_threads_of_a_row():
-    for cols in (*range(2, 34), 40, 72, 136):
+def test_cuda_every_number_of_threads_and_of_chunks_of_a_row():
+    for cols in (*range(2, 32), 40, 72, 136, *range(33, 512, 32)):
         check("cuda", "sm_90a", 9, cols, torch.bfloat16)
 
 
