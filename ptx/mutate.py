@@ -1,11 +1,13 @@
 """The mutation test: would the test suite notice if one instruction of a kernel were wrong?
 
-    python -m ptx.mutate [--op OP] [--kernel NAME] [--limit 3] [--seed 0] [-j 1]
+    python -m ptx.mutate [--op OP] [--kernel NAME] [--kind KIND] [--limit 3] [--seed 0] [-j 1]
+    python -m ptx.mutate --json FILE --resume    goes on where an earlier run was cut short
 
 It takes the tests of an op (tests/ptx/test_OP_*.py), or of all, notes which of its kernels each of
 them launches, changes one instruction of a kernel (mutations.py) and runs the tests that launch it
 until one fails. A mutant that none notices has survived. Survivors that compute the same, or as
-well, are explained in mutants.json; any other makes the command fail: a test is missing.
+well, are explained in mutants.json (explained.py); any other makes the command fail: a test is
+missing.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,13 +32,12 @@ from _pytest.runner import runtestprotocol
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ptx import build, cache, children
+from ptx import build, cache, children, explained
 from ptx.cache import ROOT, digest
 from ptx.executor import Executor, Launch, readable
 from ptx.mutations import Mutant, mutants
 
 TESTS = ROOT / "tests" / "ptx"
-EXPLAINED = Path(__file__).with_name("mutants.json")
 # Of the instances of a CUDA kernel that differ in their dtypes alone one is mutated, where there is
 # one this; all template shapes are.
 DTYPE = "__nv_bfloat16"
@@ -53,10 +54,6 @@ class Kernel:
     name: str  # "forward_rows_kernel<__nv_bfloat16, 8, 16>"
     texts: list[str]
     tests: list[str] = field(default_factory=list)  # node ids, the quickest first
-
-    @property
-    def family(self) -> str:
-        return self.name.split("<")[0]
 
 
 Task = tuple[tuple[Kernel, Mutant], Callable[[], Any], int]
@@ -135,6 +132,7 @@ class Plugin:
         self.options = options
         self.verdicts: list[Verdict] = []
         self.failures: list[str] = []  # tests that fail without any mutant
+        self.state = ""  # of all that a verdict depends on
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         items = {item.nodeid: item for item in session.items}
@@ -159,7 +157,8 @@ class Plugin:
         folders = ("csrc", "kernels", "ptx", "tests")
         files = (path for folder in folders for path in sorted((ROOT / folder).rglob("*")))
         sources = [path for path in files if path.suffix in (".py", ".cu", ".cuh", ".h", ".cpp")]
-        kept = cache.CACHE / f"baseline-{digest(*items, *sources)}.json"
+        self.state = digest(*items, *sources)
+        kept = cache.CACHE / f"baseline-{self.state}.json"
         if kept.exists():
             return json.loads(kept.read_text())
         tasks = [
@@ -180,12 +179,15 @@ class Plugin:
     def _mutate(
         self, kernels: list[Kernel], items: dict[str, pytest.Item], seconds: dict[str, float]
     ) -> None:
-        explained = _explained()
-        chosen = [
-            (kernel, mutant)
-            for kernel in kernels
-            for mutant in _chosen(kernel, self.options.limit, self.options.seed)
-        ]
+        entries = explained.entries()
+        judged = self._judged()
+        chosen = []
+        for kernel in kernels:
+            for mutant in _chosen(kernel, self.options):
+                if verdict := judged.get((kernel.name, mutant.line, mutant.becomes)):
+                    self.verdicts.append(Verdict(kernel, mutant, *verdict))
+                else:
+                    chosen.append((kernel, mutant))
         limits = {name: int(SLACK + 5 * seconds[name]) for name in seconds}
         built = tempfile.TemporaryDirectory()
 
@@ -199,12 +201,11 @@ class Plugin:
             how, test = outcome.value or (outcome.failure.split("\n")[0], "")
             if outcome.failure not in ("", "hang", "crash"):
                 raise RuntimeError(f"{kernel.name}: {mutant}\n{outcome.failure}")
-            if how == "survived" and (kernel.family, mutant.kind, mutant.source) in explained:
-                how = "explained"
-            self._verdict(Verdict(kernel, mutant, how, test))
+            self._keep(Verdict(kernel, mutant, how, test))
         built.cleanup()
+        self.verdicts = [_explained(verdict, entries) for verdict in self.verdicts]
 
-    def _verdict(self, verdict: Verdict) -> None:
+    def _keep(self, verdict: Verdict) -> None:
         self.verdicts.append(verdict)
         if self.options.json:
             row = {
@@ -212,9 +213,21 @@ class Plugin:
                 "kernel": verdict.kernel.name,
                 "how": verdict.how,
                 "test": verdict.test,
+                "state": self.state,
             }
             with self.options.json.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row | vars(verdict.mutant)) + "\n")
+
+    def _judged(self) -> dict[tuple[str, int, str], tuple[str, str]]:
+        """How and by which test, from the file of verdicts: those of the very same sources."""
+        if not self.options.resume:
+            return {}
+        lines = self.options.json.read_text(encoding="utf-8").splitlines()
+        return {
+            (row["kernel"], row["line"], row["becomes"]): (row["how"], row["test"])
+            for row in map(json.loads, lines)
+            if row["state"] == self.state
+        }
 
 
 def ops() -> list[str]:
@@ -265,23 +278,26 @@ def _grouped(texts: dict[str, Counter[str]], seconds: dict[str, float]) -> list[
     return [kernel for _, (_, kernel) in sorted(best.items())]
 
 
-def _chosen(kernel: Kernel, limit: int, seed: int) -> list[Mutant]:
+def _chosen(kernel: Kernel, options: argparse.Namespace) -> list[Mutant]:
     """At most `limit` mutants of each kind, always the same ones for the same text and seed."""
     by_kind: dict[str, list[Mutant]] = defaultdict(list)
     for mutant in mutants(kernel.texts[0]):
         by_kind[mutant.kind].append(mutant)
     # Lines of different targets agree, or the texts would not have been grouped.
-    numbers = random.Random(f"{seed} {kernel.name}")
+    numbers = random.Random(f"{options.seed} {kernel.name}")
     return [
         mutant
         for kind in sorted(by_kind)
-        for mutant in numbers.sample(by_kind[kind], min(limit, len(by_kind[kind])))
+        for mutant in numbers.sample(by_kind[kind], min(options.limit, len(by_kind[kind])))
+        if options.kind in kind
     ]
 
 
-def _explained() -> set[tuple[str, str, str]]:
-    entries = json.loads(EXPLAINED.read_text(encoding="utf-8"))
-    return {(entry["kernel"], entry["kind"], entry["source"]) for entry in entries}
+def _explained(verdict: Verdict, entries: list[explained.Entry]) -> Verdict:
+    mutant, name = verdict.mutant, verdict.kernel.name
+    if verdict.how == "survived" and any(explained.explains(e, name, mutant) for e in entries):
+        return replace(verdict, how="explained")
+    return verdict
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -314,12 +330,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ptx.mutate", description=__doc__)
     parser.add_argument("--op", default="all", choices=[*ops(), "all"])
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--kind", default="", help="only mutants whose kind contains this")
     parser.add_argument("--limit", type=int, default=3, help="mutants of a kind and kernel")
     parser.add_argument("--seed", type=int, default=0, help="which mutants are chosen")
     parser.add_argument("-j", type=int, default=1, help="how many to try at a time")
     parser.add_argument("--tests", nargs="+", type=Path, help="files of tests to try instead")
     parser.add_argument("--json", type=Path, help="append every verdict to this file")
+    parser.add_argument("--resume", action="store_true", help="take the verdicts that it holds")
     options = parser.parse_args()
+    if options.resume and not (options.json and options.json.exists()):
+        parser.error("--resume needs the file of an earlier run's verdicts: --json FILE")
     plugin = Plugin(options)
     tests = [test for op in ops() if options.op in (op, "all") for test in op_tests(op)]
     arguments = [str(ROOT / test) for test in options.tests or tests]

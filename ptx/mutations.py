@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("csrc", "kernels", "ptx", "tests")  # of this project's sources
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}  # bytes, by the number in a PTX type
 
 
@@ -44,6 +45,8 @@ class Mutant:
     becomes: str
     where: str  # "cuda_forward.cuh:88"
     source: str  # that line's text
+    code: str  # the instruction without numbers of registers, after what sets its predicate
+    within: tuple[str, ...]  # the texts of the lines that call the function of `source`
 
     def applied(self, ptx: str) -> str:
         lines = ptx.split("\n")
@@ -197,21 +200,33 @@ def mutants(ptx: str) -> list[Mutant]:
     locations = _Locations(ptx)
     found = []
     inside = False
+    setters: dict[str, str] = {}  # of each predicate register, the last instruction that sets it
     for number, line in enumerate(ptx.split("\n"), 1):
         locations.read(line)
         inside = inside or line.startswith("{")
         instruction = parse(line) if inside else None
         if instruction is None:
             continue
-        where, source = locations.here()
+        where, source, *within = locations.here()
+        code = _without_numbers(setters.get(instruction.predicate.strip("@!"), "") + line)
         for mutator in MUTATORS:
             for kind, becomes in mutator(instruction):
-                found.append(Mutant(kind, number, line, becomes, where, source))
+                found.append(
+                    Mutant(kind, number, line, becomes, where, source, code, tuple(within))
+                )
+        for predicate in re.findall(r"^%p\d+|(?<=\|)%p\d+", instruction.operands):
+            setters[predicate] = line
     return found
 
 
+def _without_numbers(code: str) -> str:
+    """`setp.lt.s32 %p, %r, %r; @%p bra $L;`: what stays the same when a compiler renumbers."""
+    code = " ".join(code.split("//")[0].split())
+    return re.sub(r"\$L\w+", "$L", re.sub(r"(%[a-z]+)\d+", r"\1", code))
+
+
 class _Locations:
-    """Follows .loc through a kernel: the line of this project that an instruction comes from.
+    """Follows .loc through a kernel: the lines of this project that an instruction comes from.
 
     nvcc says where a line was inlined by inlined_at, Triton by a comment `@[ file:line:column ]`.
     """
@@ -224,8 +239,8 @@ class _Locations:
             number: Path(path) for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', ptx)
         }
         self._callers: dict[tuple[str, str, str], tuple[str, str, str]] = {}
-        self._frames: list[tuple[Path, int]] = []
-        self._own: tuple[Path, int] | None = None  # the last line of this project
+        self._frames: list[tuple[Path, int]] = []  # the innermost first
+        self._own: list[tuple[Path, int]] = []  # the last that were of this project
 
     def read(self, line: str) -> None:
         found = re.match(r"\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)", line)
@@ -245,17 +260,35 @@ class _Locations:
         for name, number in self._COMMENT.findall(line.partition("@[")[2]):
             path = next((path for path in self._files.values() if path.name == name), Path(name))
             self._frames.append((path, int(number)))
+        own = ((_of_project(file), number) for file, number in self._frames)
+        found_own = [(file, number) for file, number in own if file is not None]
+        self._own = found_own or self._own  # some of Triton's lines lack their callers
 
-    def here(self) -> tuple[str, str]:
-        """ "cuda_forward.cuh:88" and the text of that line; the innermost of this project's."""
-        if not self._frames:
-            return "", ""
-        own = [frame for frame in self._frames if frame[0].is_relative_to(ROOT)]
-        self._own = own[0] if own else self._own  # some of Triton's lines lack their callers
-        path, number = self._own or self._frames[0]
-        lines = _lines(path)
-        text = lines[number - 1].strip() if 0 < number <= len(lines) else ""
-        return f"{path.name}:{number}", text
+    def here(self) -> list[str]:
+        """["cuda_forward.cuh:88", the text of that line, those of its callers…]"""
+        frames = self._own or self._frames
+        if not frames:
+            return ["", ""]
+        path, number = frames[0]
+        return [f"{path.name}:{number}", *(_line(*frame) for frame in frames)]
+
+
+@functools.cache
+def _of_project(path: Path) -> Path | None:
+    """The file of this project that is meant, if one is.
+
+    Triton keeps PTX by the text of the kernel: it may name the same file of another checkout.
+    """
+    for depth, folder in enumerate(path.parts):
+        here = ROOT.joinpath(*path.parts[depth:])
+        if folder in FOLDERS and here.is_file():
+            return here
+    return None
+
+
+def _line(path: Path, number: int) -> str:
+    lines = _lines(path)
+    return lines[number - 1].strip() if 0 < number <= len(lines) else ""
 
 
 @functools.cache

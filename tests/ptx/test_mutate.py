@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import signal
 import time
@@ -10,8 +10,8 @@ from collections import Counter
 
 import pytest
 
-from ptx import children
-from ptx.mutate import EXPLAINED, _grouped, op_tests, ops
+from ptx import children, explained
+from ptx.mutate import _grouped, op_tests, ops
 from ptx.mutations import ROOT, mutants, parse
 
 KERNEL = f"""
@@ -90,6 +90,13 @@ def test_tritons_comments_lead_to_the_line_of_the_kernel():
     assert mutants(text)[0].where == "mutate.py:4"
 
 
+def test_another_checkouts_file_is_this_projects():
+    text = KERNEL.replace(f"{ROOT}/ptx", "/somewhere/else/ptx")
+    assert [mutant.source for mutant in mutants(text)] == [m.source for m in mutants(KERNEL)]
+    text = KERNEL.replace(f"{ROOT}/ptx/mutations.py", "/usr/include/other.h")
+    assert mutants(text)[0].source == ""
+
+
 def test_what_is_no_instruction_is_left_alone():
     for line in ("$L__BB0_2:", "\t.reg .pred %p<4>;", "", "// add.s32 %r1, %r1, 1;", "}"):
         assert parse(line) is None
@@ -103,19 +110,42 @@ def test_the_explained_survivors_are_complete_and_about_lines_that_exist():
         if path.suffix in (".cuh", ".cu", ".py")
         for line in path.read_text(encoding="utf-8").splitlines()
     }
-    entries = json.loads(EXPLAINED.read_text(encoding="utf-8"))
+    entries = explained.entries()
     for entry in entries:
-        assert entry.keys() == {"kernel", "kind", "source", "why"}
-        assert entry["source"] in sources, f"no such line any more: {entry['source']}"
+        assert {"kernel", "kind", "source", "why"} <= entry.keys()
+        assert entry.keys() <= {"kernel", "kind", "source", "code", "within", "why"}
+        assert {entry["source"], entry.get("within", "…")} - {"…"}, "it says of no line"
+        for source in (entry["source"], entry.get("within", "…")):
+            known = any(explained.fits(source, line) for line in sources)
+            assert known, f"no such line any more: {source}"
         assert len(entry["why"]) > 20
-    keys = [(entry["kernel"], entry["kind"], entry["source"]) for entry in entries]
-    assert keys == sorted(set(keys))
+    fields = ("kernel", "kind", "source", "code", "within")
+    keys = [[entry.get(field, "") for field in fields] for entry in entries]
+    assert all(first < second for first, second in itertools.pairwise(keys))
+
+
+def test_an_explanation_is_of_one_shape_one_instruction_and_one_caller():
+    mutant = mutants(KERNEL)[8]
+    assert (mutant.kind, mutant.code) == ("branch always", "setp.lt.s32 %p, %r, %r; @%p bra $L;")
+    entry = {"kernel": "kernel", "kind": mutant.kind, "source": mutant.source}
+    assert explained.explains(entry, "kernel<float, 8>", mutant)
+    for more, right in (
+        ({"kernel": "kernel<…, 8>"}, True),
+        ({"kernel": "kernel<…, 16>"}, False),
+        ({"kind": "branch never"}, False),
+        ({"source": "…"}, True),
+        ({"code": "setp.lt.…bra $L;"}, True),
+        ({"code": "setp.ge.…bra $L;"}, False),
+        ({"within": mutant.within[0]}, True),
+        ({"within": "another caller"}, False),
+    ):
+        assert explained.explains(entry | more, "kernel<float, 8>", mutant) is right
 
 
 def test_every_op_with_tests_on_the_executor_is_known():
     assert "layer_norm" in ops()
     names = {path.name for path in op_tests("layer_norm")}
-    assert {f"test_layer_norm_{part}.py" for part in ("sharp", "cuda", "triton")} <= names
+    assert {f"test_layer_norm_{part}.py" for part in ("sharp", "edges", "cuda", "triton")} <= names
 
 
 def entry(name: str, op: str, folder: str = "csrc", loads: str = "f32") -> str:

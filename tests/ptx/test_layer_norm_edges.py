@@ -1,0 +1,153 @@
+"""Where a kernel's parts meet: partial tiles of rows and of shares, each dtype of the parameters in
+each kernel, gradients that are not asked for, and means so large that one pass would not do.
+
+Inputs are chosen so that a single element, row or share that is lost or doubled shows; most of
+these cases were survivors of the mutation test (ptx/mutate.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import ptx
+from kernels import dispatch
+from kernels.layer_norm import reference
+from tests.ptx.test_layer_norm_sharp import ARCHS, EPS, TRITON_ARCHS, VECTORS, check
+
+# One for each of cuda's kernels, with vectors and without, and for each of its shapes.
+COLUMNS = [72, 255, 504, 511, 520, 1000, 1024, 2040, 2039, 16392, 16385]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+EACH_GRADIENT = [(True, False, False), (False, True, False), (False, False, True)]
+# Rows of these lengths have means that float32 rounds, and a variance that only the second pass
+# over the row gets right. Enough of both that each element of a tile matters in some row.
+NEARLY_CONSTANT = [(72, 72), (70, 65), (36, 256), (36, 255), (20, 1000), (20, 1001)]
+NEARLY_CONSTANT += [(9, 2040), (9, 2047)]
+
+
+@pytest.mark.parametrize("cols", COLUMNS)
+def test_cuda_parameters_of_every_dtype(cols):
+    for weights, biases in itertools.product(DTYPES, repeat=2):
+        check("cuda", "sm_90a", 2, cols, torch.bfloat16, weights, biases=biases)
+
+
+@pytest.mark.parametrize("cols", COLUMNS)
+def test_cuda_each_gradient_alone(cols):
+    for wanted in EACH_GRADIENT:
+        check("cuda", "sm_90a", 9, cols, torch.bfloat16, wanted=wanted)
+
+
+@pytest.mark.parametrize("cols", COLUMNS)
+def test_cuda_absent_parameters(cols):
+    cases = [(True, False, dtype) for dtype in DTYPES] + [(False, True, dtype) for dtype in DTYPES]
+    for weight, bias, parameters in [*cases, (False, False, torch.float32)]:
+        wanted, present = (True, weight, bias), (weight, bias)
+        check("cuda", "sm_90a", 2, cols, torch.bfloat16, parameters, wanted, present)
+
+
+def test_cuda_every_number_of_threads_and_of_chunks_of_a_row():
+    for cols in (*range(2, 32), 40, 72, 136, *range(33, 512, 32)):
+        check("cuda", "sm_90a", 9, cols, torch.bfloat16)
+
+
+@pytest.mark.parametrize("parameters", DTYPES, ids=str)
+def test_cuda_rows_that_end_with_each_column_of_a_thread(parameters):
+    """Blocks of 64, 96 and 288 threads, in which a thread reads 16 or 32 parameters."""
+    for cols in (*range(513, 1024, 64), *range(1032, 1536, 96), *range(8200, 9216, 288)):
+        check("cuda", "sm_90a", 4, cols, torch.bfloat16, parameters)
+
+
+def shifted(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of one value each, about 1000, but for one element that is a unit or two larger.
+
+    The unit is that of the dtype's last place.
+    """
+    x = (1000 + 8 * torch.arange(rows)).to(dtype)[:, None].repeat(1, cols)
+    at = torch.arange(rows)[:, None] * 37 % cols
+    return x.scatter(1, at, (x * (1 + torch.finfo(dtype).eps)).gather(1, at))
+
+
+def check_nearly_constant(backend: str, arch: str, x: torch.Tensor, held: bool = False) -> None:
+    """With `held`, of a kernel that subtracts the mean in two parts: right to the last place.
+
+    In others the mean is rounded before it is subtracted.
+    """
+    rows, cols = x.shape
+    weight, bias = torch.ones(cols, dtype=x.dtype), torch.zeros(cols, dtype=x.dtype)
+    with ptx.run(arch, multiprocessors=1):
+        module = dispatch.load("layer_norm", backend)
+        y, statistics = module.forward(x, (cols,), weight, bias, EPS)
+    mean, rstd = reference.row_statistics(x.double(), (cols,), EPS).view(2, rows, 1)
+    exact_y = (x.double() - mean) * rstd
+    epsilon = torch.finfo(torch.float32).eps
+    rounding = epsilon * mean * (epsilon if held else 1)
+    for found, exact, allowed in (
+        (statistics[:rows, None], mean, epsilon * mean),
+        (statistics[rows:, None], rstd, (1e-6 + (rounding * rstd) ** 2) * rstd),
+        (y, exact_y, (torch.finfo(x.dtype).eps + 4 * epsilon) * exact_y.abs() + rounding * rstd),
+    ):
+        assert ((found.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_rows_of_nearly_equal_values(backend, dtype):
+    """The variance is 1e-10 of the squared mean."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    arch = (ARCHS if backend == "cuda" else TRITON_ARCHS)[dtype]
+    for rows, cols in NEARLY_CONSTANT:
+        check_nearly_constant(backend, arch, shifted(rows, cols, dtype), backend == "triton")
+    for cols in (16385, 16392):
+        check_nearly_constant(backend, arch, shifted(3, cols, dtype))
+
+
+@pytest.mark.parametrize(("vec", "arch", "dtype"), VECTORS)
+def test_swept_rows_of_nearly_equal_values(vec, arch, dtype):
+    pytest.importorskip("triton")
+    for cols in (16384 + vec, 20480 + vec):
+        x = shifted(3, cols, dtype if dtype != torch.float32 else torch.bfloat16).to(dtype)
+        check_nearly_constant("triton", arch, x)
+
+
+def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(low, high + 1, shape).float()
+
+
+@pytest.mark.parametrize(("vec", "arch", "dtype"), VECTORS)
+def test_triton_adds_any_number_of_shares(vec, arch, dtype):
+    """Sums of whole numbers are exact: 32 shares make a tile, and any of them may be the last."""
+    pytest.importorskip("triton")
+    from kernels.layer_norm import triton_backward
+
+    cols = 64 + vec
+    for out in {torch.float32, dtype}:
+        for count in (2, 3, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 60, 64, 70):
+            shares = integers(-4, 4, 2, count, cols).unbind()
+            totals = [torch.full((cols,), torch.nan, dtype=out) for _ in shares]
+            with ptx.run(arch):
+                triton_backward._launch_sum_shares(count, cols, shares, *totals)
+            for total, each in zip(totals, shares, strict=True):
+                assert torch.equal(total, each.sum(0).to(out))
+
+
+@pytest.mark.parametrize(("vec", "arch", "dtype"), VECTORS)
+def test_triton_sums_any_number_of_rows(vec, arch, dtype):
+    """As above; 32 rows make a tile, and from 128 on there are several shares of them."""
+    pytest.importorskip("triton")
+    from kernels.layer_norm import triton_backward
+
+    cols = 64 + vec
+    for out in {torch.float32, dtype}:
+        for rows in (*range(1, 34), 64, 70, 150, 260):
+            x, dy = integers(-3, 3, rows, cols).to(dtype), integers(-2, 2, rows, cols).to(dtype)
+            mean, rstd = integers(-2, 2, rows), 2 ** integers(-1, 1, rows)
+            totals = [torch.full((cols,), torch.nan, dtype=out) for _ in range(2)]
+            with ptx.run(arch, multiprocessors=2):
+                inputs = dy, x, torch.cat((mean, rstd))
+                triton_backward._launch_sums(rows, cols, inputs, *totals)
+            xhat = (x.float() - mean[:, None]) * rstd[:, None]
+            assert torch.equal(totals[0], (dy.float() * xhat).sum(0).to(out))
+            assert torch.equal(totals[1], dy.float().sum(0).to(out))
