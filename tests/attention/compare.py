@@ -38,6 +38,7 @@ def check(
     dlse: bool = True,
     cancels: bool = False,
     formula=oracle.attention,
+    split=None,
     **keywords,
 ) -> list[Tensor | None]:
     """`function`'s results are as exact as those of the formula in the same dtype.
@@ -47,6 +48,7 @@ def check(
     is held against PyTorch's fused one.  Gradients in float32 are measured by the sums of the
     absolute terms.  `cancels` is for calls where most queries see hardly more than one key:
     dp - delta is then the difference of two equal sums, and is measured by their terms.
+    `split` gives the tensors and dout of each packed sequence, which `formula` takes together.
     """
     query, key, value, mask, sinks = tensors
     shape = (*query.shape[:3], value.shape[3])
@@ -68,8 +70,10 @@ def check(
     if query.dtype.itemsize == 2 and key.shape[2] and query.numel():
         theirs[1] = exact[1] + error_of_fused_lse(query, key, keywords.get("is_causal", False))
     terms = None
-    if formula is oracle.attention and (cancels or query.dtype == torch.float32):
-        terms = sizes(doubles, dout.double(), keywords, cancels)
+    if (formula is oracle.attention or split) and (cancels or query.dtype == torch.float32):
+        parts = split(doubles, dout.double()) if split else [(doubles, dout.double())]
+        each = [sizes(*part, keywords, cancels) for part in parts]
+        terms = [max(of_result) for of_result in zip(*each, strict=True)]
     assert_as_exact_as_torch(ours, theirs, exact, NAMES, terms)
     return ours
 

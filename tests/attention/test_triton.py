@@ -106,13 +106,14 @@ def test_numbers_are_no_reason_to_compile_again():
 
 
 def decode_kernels(target, dtype, cache, dim=128, paged=True):
-    query = torch.empty(2, 8, 1, dim, dtype=dtype)
-    keys = torch.empty(40, 2, 16, dim, dtype=cache)
-    scale = torch.empty(40, 2, 16) if cache == torch.int8 else None
-    lengths, table = torch.ones(2, dtype=torch.int32), torch.zeros(2, 200, dtype=torch.int32)
+    # One sequence and one key head, so that the single multiprocessor here shares out the keys.
+    query = torch.empty(1, 4, 1, dim, dtype=dtype)
+    keys = torch.empty(40, 1, 16, dim, dtype=cache)
+    scale = torch.empty(40, 1, 16) if cache == torch.int8 else None
+    lengths, table = torch.ones(1, dtype=torch.int32), torch.zeros(1, 200, dtype=torch.int32)
     if not paged:
-        keys, table = torch.empty(2, 2, 3200, dim, dtype=cache), None
-        scale = torch.empty(2, 2, 3200) if cache == torch.int8 else None
+        keys, table = torch.empty(1, 1, 3200, dim, dtype=cache), None
+        scale = torch.empty(1, 1, 3200) if cache == torch.int8 else None
     pattern, scaling = Pattern(1, 1, -1, -1, 0, 1, 3200), Scaling(1.0, 0.0, 0.0)
     with _triton.compile_only(target) as kernels:
         decode.forward(

@@ -47,6 +47,18 @@ def by_sequence(lengths_q, lengths_k):
     return function
 
 
+def split(lengths_q, lengths_k):
+    """The tensors and dout of each sequence."""
+
+    def function(tensors, dout):
+        query, key, value, mask, sinks = tensors
+        of_keys = (x.split(lengths_k, 2) for x in (key, value))
+        parts = zip(*(x.split(lengths_q, 2) for x in (query, dout)), *of_keys, strict=True)
+        return [((q, k, v, mask, sinks), d) for q, d, k, v in parts]
+
+    return function
+
+
 def packed(lengths_q, lengths_k):
     """varlen_attention for the same."""
 
@@ -76,7 +88,7 @@ def test_values_and_gradients(implementation, lengths, keywords, dtype):
     made = [torch.randn(n, h, 16).to(dtype) for n, h in zip(rows, (4, 2, 2), strict=True)]
     tensors = [x.transpose(0, 1)[None] for x in made]
     given = [*tensors, None, torch.randn(4)]
-    check(packed(*lengths), given, formula=by_sequence(*lengths), **keywords)
+    check(packed(*lengths), given, formula=by_sequence(*lengths), split=split(*lengths), **keywords)
 
 
 def test_slopes_of_each_sequence(implementation):

@@ -118,19 +118,22 @@ def packed(
     return made
 
 
-def attend(each: Case, leaves: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """out and lse of torch's ops, in the dtype of the leaves query, key, value and sinks."""
-    query, key, value, sinks = leaves
+def for_every_head(each: Case, leaves: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = leaves[:3]
     assert query is not None
     assert key is not None
     assert value is not None
-    pattern, scaling, batch, n = each.pattern, each.scaling, query.shape[0], query.shape[1]
-    key, value = (x.repeat_interleave(n // x.shape[1], 1) for x in (key, value))
+    n = query.shape[1]
+    return query, *(x.repeat_interleave(n // x.shape[1], 1) for x in (key, value))  # type: ignore
+
+
+def weights(each: Case, leaves: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """p before dropout and lse of torch's ops, in the leaves' dtype: query, key, value, sinks."""
+    query, key, _ = for_every_head(each, leaves)
+    sinks = leaves[3]
+    pattern, scaling = each.pattern, each.scaling
     lengths = query.shape[2], key.shape[2]
-    if each.cu_seqlens_q is None:
-        grid = geometry.grid(pattern, *lengths, query.device)
-    else:
-        grid = geometry.packed_grid(pattern, *lengths, each.cu_seqlens_q, each.cu_seqlens_k)
+    grid = geometry_of(each)
     s = query @ key.transpose(-2, -1) * scaling.scale
     if scaling.softcap:
         s = scaling.softcap * torch.tanh(s / scaling.softcap)
@@ -155,6 +158,22 @@ def attend(each: Case, leaves: list[Tensor | None]) -> tuple[Tensor, Tensor]:
     lse = wide.logsumexp(-1) if wide.shape[-1] else wide.new_full(s.shape[:3], -torch.inf)
     empty = lse == -torch.inf
     p = (wide - lse.masked_fill(empty, 0)[..., None]).exp()[..., : lengths[1]].to(s.dtype)
+    return p, lse
+
+
+def geometry_of(each: Case) -> geometry.Grid:
+    lengths = each.query.shape[2], each.key.shape[2]
+    if each.cu_seqlens_q is None:
+        return geometry.grid(each.pattern, *lengths, each.query.device)
+    return geometry.packed_grid(each.pattern, *lengths, each.cu_seqlens_q, each.cu_seqlens_k)
+
+
+def attend(each: Case, leaves: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """out and lse."""
+    p, lse = weights(each, leaves)
+    query, _, value = for_every_head(each, leaves)
+    batch, n, grid = *query.shape[:2], geometry_of(each)
+    pattern, scaling = each.pattern, each.scaling
     if each.seed is not None:
         keep = geometry.keep_mask(each.seed, grid, batch, n, pattern, scaling.dropout_p)
         p = p * keep * geometry.dropout_factor(scaling.dropout_p)
@@ -186,15 +205,26 @@ def by_backend(backend: Any, each: Case) -> list[Tensor | None]:
 
 
 def terms(each: Case) -> list[float]:
-    """Sizes of what results are summed from.
+    """Sizes of the sums of absolute terms that the float32 gradients of query and key are.
 
-    A weight's gradient is p (dp - delta). Of a query that sees one key it is 0, the difference of
-    equal numbers, so errors are measured by those where such queries may be all there are.
+    The gradient of a score is p (dp - delta).  Of a query that sees one key that is the difference
+    of two equal sums: where there may be nothing else, dp is measured by its terms.
     """
-    if each.key.shape[2] > 1 and each.cu_seqlens_k is None:
+    if each.query.dtype != torch.float32 or not each.key.shape[2]:
         return [0.0] * len(NAMES)
-    dp = (each.dout.abs().max() * each.value.abs().max()).item() if each.value.numel() else 0.0
-    return [0.0, 1.0, dp, dp, 0.0, 0.0]
+    leaves = [
+        None if x is None else x.detach().double()
+        for x in (each.query, each.key, each.value, each.sinks)
+    ]
+    p, _ = weights(each, leaves)
+    query, key, value = for_every_head(each, leaves)
+    dout = each.dout.double()
+    if each.key.shape[2] == 1 or each.cu_seqlens_k is not None:
+        dout, value = dout.abs(), value.abs()
+    dp = (dout @ value.transpose(-2, -1)).abs() / (1 - each.scaling.dropout_p)
+    ds = each.scaling.scale * p * (dp + (p * dp).sum(-1, keepdim=True))
+    dquery, dkey = (ds @ key.abs()).max().item(), (ds.transpose(-2, -1) @ query.abs()).max().item()
+    return [0.0, 1.0, dquery, dkey, 0.0, 0.0]
 
 
 def check(backend: Any, each: Case, label: str = "") -> None:
