@@ -4,7 +4,7 @@ PYTHON_IN_VENV := $(VENV)/bin/python
 NATIVE_SOURCES = $(shell find csrc ptx tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 # More arguments for the commands, as in: make demo DEMO_FLAGS="--steps 50"
-CHECK_FLAGS ?=
+CHECK_FLAGS ?= --quick
 DEMO_FLAGS ?=
 TEST_FLAGS ?= -n 2
 BENCH_FLAGS ?=

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--no-speed", action="store_true", help="errors only")
     parser.add_argument(
-        "--quick", action="store_true", help="a fraction of the time: fewer turns, no torch.compile"
+        "--quick", action="store_true", help="less time: fewer turns and cases, no torch.compile"
     )
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile's column")
     parser.set_defaults(run=run)
@@ -56,8 +56,12 @@ def run(options: argparse.Namespace) -> int:
         exact &= _report_errors(spec)
     if not options.no_speed:
         for spec in specs:
+            rows = speed_rows(spec)
+            if options.quick:
+                rows = [row for row in rows if row[0].quick]
             seconds = 0.05 if options.quick else options.seconds
-            _report_speed(spec, seconds, with_compile=not (options.quick or options.no_compile))
+            with_compile = not (options.quick or options.no_compile)
+            _report_speed(spec, rows, seconds, with_compile)
     return 0 if exact else 1
 
 
@@ -212,7 +216,10 @@ def _work(spec: Spec, case: Case, dtype: torch.dtype, direction: Direction) -> t
     return spec.least_bytes(case, dtype, direction), spec.least_bytes(case, dtype, "forward")
 
 
-def speed_rows(spec: Spec) -> list[tuple[Case, torch.dtype, Direction]]:
+SpeedRow = tuple[Case, torch.dtype, Direction]
+
+
+def speed_rows(spec: Spec) -> list[SpeedRow]:
     return [
         (case, dtype, direction)
         for case in spec.speed_cases
@@ -259,7 +266,9 @@ def speed_row(
     ]
 
 
-def _report_speed(spec: Spec, seconds: float, with_compile: bool) -> None:
+def _report_speed(
+    spec: Spec, asked: Sequence[SpeedRow], seconds: float, with_compile: bool
+) -> None:
     print(
         f"\n{spec.op}: speed on this CPU, {torch.get_num_threads()} threads; medians of turns "
         "taken in one process.\nOnly the ratios carry over to another run.  GB/s count the least "
@@ -268,9 +277,10 @@ def _report_speed(spec: Spec, seconds: float, with_compile: bool) -> None:
         "Freed memory is kept (mallopt), so that neither side pays page faults."
     )
     rows = []
-    for case, dtype, direction in tqdm(
-        speed_rows(spec), desc=f"timing {spec.op}", leave=False, disable=None
-    ):
+    for case, dtype, direction in tqdm(asked, desc=f"timing {spec.op}", leave=False, disable=None):
         times = measure(spec, case, dtype, direction, seconds, with_compile)
         rows.append(speed_row(spec, case, dtype, direction, times))
     print(tabulate(rows, headers=speed_columns(spec), tablefmt="simple", disable_numparse=True))
+    left_out = len(speed_rows(spec)) - len(asked)
+    if left_out:
+        print(f"{left_out} more rows without --quick")

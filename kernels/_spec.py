@@ -27,6 +27,7 @@ class Case:
     yardstick: Callable[..., Tensor] | None = None
     directions: tuple[Direction, ...] = DIRECTIONS
     compiled: bool = True  # whether torch.compile of PyTorch's function is timed, too
+    quick: bool = True  # whether it takes so little time that `check --quick` times it
 
 
 @dataclass(frozen=True)
