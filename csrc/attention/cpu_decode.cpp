@@ -158,7 +158,7 @@ SIMD_INLINE float finish_scores(const DecodeCall& c, Query q, int key, int count
     }
     x = visible ? x : set1(-INFINITY);
     store(s + j, x);
-    top = maximum(x, top);
+    top = max(x, top);
   }
   float most = top[0];
   for (int i = 1; i < kLanes; i++) most = top[i] > most ? top[i] : most;

@@ -76,12 +76,12 @@ SIMD_INLINE void softmax_column(const Rectangle& r, const Pattern& p, const Tile
   vf top0 = set1(-INFINITY), top1 = top0;
   int j = 0;
   for (; j + 2 <= r.keys; j += 2) {
-    top0 = maximum(score(j), top0);
-    top1 = maximum(score(j + 1), top1);
+    top0 = max(score(j), top0);
+    top1 = max(score(j + 1), top1);
   }
-  if (j < r.keys) top0 = maximum(score(j), top0);
+  if (j < r.keys) top0 = max(score(j), top0);
   const vf old = load(t.top + v * kLanes);
-  const vf top = maximum(maximum(top0, top1) * factor, old);
+  const vf top = max(max(top0, top1) * factor, old);
   const vf finite = top == set1(-INFINITY) ? vf{} : top;  // -inf - -inf would be NaN
   const vf correction = exp_nonpositive(old - finite);
   vf sum0{}, sum1{};

@@ -7,7 +7,6 @@
 
 namespace kernels::ISA::attention {
 
-SIMD_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }  // b where a is NaN
 SIMD_INLINE vi lane_numbers() {
   vi lane;
 #pragma GCC unroll 16

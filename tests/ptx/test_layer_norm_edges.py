@@ -15,7 +15,8 @@ import torch
 import ptx
 from kernels import dispatch
 from kernels.layer_norm import reference
-from tests.ptx.test_layer_norm_sharp import ARCHS, EPS, TRITON_ARCHS, VECTORS, check
+from tests.ptx.layer_norm_cases import CUDA_ARCHS, EPS
+from tests.ptx.test_layer_norm_sharp import TRITON_ARCHS, VECTORS, check
 
 # One for each of cuda's kernels, with vectors and without, and for each of its shapes.
 COLUMNS = [72, 255, 504, 511, 520, 1000, 1024, 2040, 2039, 16392, 16385]
@@ -97,7 +98,7 @@ def test_rows_of_nearly_equal_values(backend, dtype):
     """The variance is 1e-10 of the squared mean."""
     if backend == "triton":
         pytest.importorskip("triton")
-    arch = (ARCHS if backend == "cuda" else TRITON_ARCHS)[dtype]
+    arch = (CUDA_ARCHS if backend == "cuda" else TRITON_ARCHS)[dtype]
     for rows, cols in NEARLY_CONSTANT:
         check_nearly_constant(backend, arch, shifted(rows, cols, dtype), backend == "triton")
     for cols in (16385, 16392):

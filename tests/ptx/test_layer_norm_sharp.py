@@ -1,12 +1,7 @@
-"""Inputs whose results tell of every single element, for the layer norm's cuda and triton kernels.
-
-With random inputs one lost element of a long row changes its mean by less than bfloat16 rounds.
-Here x is 3 ± 1 and dy, times the weight, is 2 ± 3 with the same signs: both directions that the
-backward removes, so dx is nearly 0 unless an element of a sum is lost, doubled or taken from
-elsewhere; the statistics and, with float32 parameters, dweight and dbias are seen in float32
-whatever the dtype of x.
-The mutation test (ptx/mutate.py) showed the need: half of its mutants of long rows had survived.
-"""
+"""The sharpest inputs (layer_norm_cases.py) in the shapes where an element is easily lost, for the
+layer norm's cuda and triton kernels: rows enough that a kernel's threads go round, each number of
+rows of a tile, each place where a swept row may end, and parameters that are absent or whose
+gradients are not asked for."""
 
 from __future__ import annotations
 
@@ -17,25 +12,18 @@ import torch.nn.functional as F
 import ptx
 from kernels import dispatch
 from kernels.layer_norm import reference
+from tests.ptx.layer_norm_cases import CUDA_ARCHS, EPS, balanced_signs
 
-EPS = 1e-5
 # With 128-bit vectors and without: each number of columns per thread or tile, and swept rows. Rows
 # enough that the threads of the one multiprocessor go round more than once.
 SHAPES = [(300, 72), (300, 65), (70, 256), (70, 255), (40, 512), (40, 511), (40, 1024), (40, 1001)]
 SHAPES += [(9, 2048), (9, 2047), (5, 8192), (5, 8191), (5, 16384), (4, 16392), (4, 16385)]
 # Swept rows that end in each 512 columns of a step, which is where each access of a thread ends.
 TAILS = [16384 + 512 * step for step in range(1, 8)]
-ARCHS = {torch.bfloat16: "sm_90a", torch.float16: "sm_80", torch.float32: "sm_100a"}
 # Of Triton's kernels one for each number of elements per vector, as in test_layer_norm_triton.py.
 VECTORS = [(1, "sm_80", torch.float16), (2, "sm_80", torch.float32)]
 VECTORS += [(4, "sm_90a", torch.float16), (8, "sm_90a", torch.float32)]
 TRITON_ARCHS = {torch.bfloat16: "sm_80", torch.float16: "sm_80", torch.float32: "sm_90a"}
-
-
-def balanced_signs(rows: int, cols: int) -> torch.Tensor:
-    """±1 in a random order, as many of each in a row as an odd length allows."""
-    order = torch.rand(rows, cols).argsort(1)
-    return torch.where(order % 2 == 0, 1.0, -1.0)
 
 
 def powers_of_two(cols: int) -> torch.Tensor:
@@ -88,10 +76,10 @@ def assert_near(found: torch.Tensor, right: torch.Tensor, tolerance: float, name
     assert error <= tolerance, f"{name}: error {error:.2e}, allowed {tolerance:.2e}"
 
 
-@pytest.mark.parametrize("dtype", ARCHS, ids=str)
+@pytest.mark.parametrize("dtype", CUDA_ARCHS, ids=str)
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 def test_cuda(rows, cols, dtype):
-    check("cuda", ARCHS[dtype], rows, cols, dtype)
+    check("cuda", CUDA_ARCHS[dtype], rows, cols, dtype)
 
 
 @pytest.mark.parametrize("dtype", TRITON_ARCHS, ids=str)
@@ -110,7 +98,7 @@ def test_every_number_of_rows_of_a_tile(backend, dtype, cols):
     """A block of cuda's and a tile of Triton's holds up to 32 rows: where the last one ends."""
     if backend == "triton":
         pytest.importorskip("triton")
-    arch = (ARCHS if backend == "cuda" else TRITON_ARCHS)[dtype]
+    arch = (CUDA_ARCHS if backend == "cuda" else TRITON_ARCHS)[dtype]
     for rows in range(1, 34):
         check(backend, arch, rows, cols, dtype, dtype)
 
@@ -119,7 +107,7 @@ def test_every_number_of_rows_of_a_tile(backend, dtype, cols):
 def test_cuda_rows_that_end_anywhere_in_a_step(dtype):
     for cols in TAILS:
         for rest in (1, 8):
-            check("cuda", ARCHS[dtype], 2, cols + rest, dtype, dtype)
+            check("cuda", CUDA_ARCHS[dtype], 2, cols + rest, dtype, dtype)
 
 
 @pytest.mark.parametrize(("vec", "arch", "dtype"), VECTORS)
@@ -137,7 +125,7 @@ def test_rows_of_equal_values_have_no_variance(backend, rows, cols):
         pytest.importorskip("triton")
     x = (torch.rand(rows, 1) + 100).expand(rows, cols).contiguous()
     module = dispatch.load("layer_norm", backend)
-    arch = (ARCHS if backend == "cuda" else TRITON_ARCHS)[x.dtype]
+    arch = (CUDA_ARCHS if backend == "cuda" else TRITON_ARCHS)[x.dtype]
     with ptx.run(arch, multiprocessors=1):
         y, statistics = module.forward(x, (cols,), torch.ones(cols), torch.zeros(cols), EPS)
     assert_near(y, torch.zeros_like(x).double(), 1e-2)  # 4 units in the last place of the mean
