@@ -46,7 +46,7 @@ FORWARD = {
         (2, 0, 128, 64, 64, 8, 1),
         (4, 0, 64, 32, 32, 4, 1),
     ),
-    "interpreter": ((4, 0, 16, 16, 16, 4, 1),),
+    "interpreter": ((4, 0, 16, 32, 16, 4, 1),),
 }
 # The same of the gradients, BLOCK_M being what a program owns: rows or classes.
 GRADIENT = {
@@ -65,14 +65,14 @@ GRADIENT = {
         (4, 0, 32, 32, 32, 4, 1),
     ),
     "sm_100": (
-        (2, 0, 128, 64, 64, 8, 3),
+        (2, 0, 128, 64, 32, 8, 3),  # 64 features at a time take 16 to 32 bytes of stack
         (4, 0, 32, 32, 32, 4, 1),
     ),
     "gfx942": (
         (2, 0, 64, 64, 64, 8, 1),
         (4, 0, 32, 32, 32, 4, 1),
     ),
-    "interpreter": ((4, 0, 16, 16, 16, 4, 1),),
+    "interpreter": ((4, 0, 16, 32, 16, 4, 1),),
 }
 Tiles = dict[str, tuple[tuple[int, ...], ...]]
 NAMES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
