@@ -29,7 +29,7 @@ NUMBERS = [*plan.NUMBERS, "classes", "features", "stride_x", "stride_w", "part_b
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _forward_kernel(
+def _linear_forward_kernel(
     x_ptr,  # [rows, features]
     w_ptr,  # [classes, features]
     bias_ptr,  # [classes]
@@ -147,7 +147,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | N
         picked = new(rows)
         vec = _triton.vector(math.gcd(features, x.stride(0), w.stride(0)))
         kernel_flags = {name: value for name, value in flags.items() if name != "PROBABILITIES"}
-        _forward_kernel[(split.blocks, split.parts)](
+        _linear_forward_kernel[(split.blocks, split.parts)](
             x, w, problem.linear_bias, target, weight, states, ranks, picked,
             rows, classes, features // vec, x.stride(0) // vec, w.stride(0) // vec,
             split.part_blocks, split.parts, *numbers,

@@ -70,7 +70,7 @@ def _tile_gradient(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _gradient_kernel(
+def _linear_gradient_kernel(
     owned_ptr,  # [owned, features]: input, or linear_weight with CLASSES_OWNED
     other_ptr,  # [others, features]
     dlosses_ptr,  # [rows]
@@ -206,7 +206,7 @@ def _sums(
     del flags["PROBABILITIES"]
     total = weight.sum() if weight is not None and options.label_smoothing else None
     vec = _triton.vector(math.gcd(features, owned.stride(0), other.stride(0)))
-    _gradient_kernel[(split.blocks, split.parts)](
+    _linear_gradient_kernel[(split.blocks, split.parts)](
         owned, other, dlosses, dlse, problem.linear_bias, problem.target, weight, lse, total,
         sums, bias_sums,
         dlosses.stride(0), 0 if dlse is None else dlse.stride(0),

@@ -65,7 +65,7 @@ def test_the_public_function():
     with ptx.run("sm_80") as session, dispatch.use("triton"):
         found = results(linear_cross_entropy, torch.bfloat16)
     names = {launch.name for launch in session.launches}
-    assert names == {"_forward_kernel", "merge_kernel", "_gradient_kernel"}
+    assert names == {"_linear_forward_kernel", "merge_kernel", "_linear_gradient_kernel"}
     torchs, exact = results(stored, torch.bfloat16), results(stored, torch.float64)
     assert_as_exact_as_torch(found, torchs, exact, ("loss", "dinput", "dlinear_weight"))
 
