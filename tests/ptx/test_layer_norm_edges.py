@@ -120,6 +120,50 @@ def integers(low: int, high: int, *shape: int) -> torch.Tensor:
     return torch.randint(low, high + 1, shape).float()
 
 
+def check_whole_sums(
+    backend: str, arch: str, rows: int, cols: int, dtypes: list[torch.dtype], multiprocessors: int
+) -> None:
+    """dweight and dbias without dx; sums of whole numbers are exact in any order.
+
+    `dtypes`: of x, weight, and bias.
+    """
+    dtype, weights, biases = dtypes
+    x, dy = integers(-3, 3, rows, cols).to(dtype), integers(-1, 1, rows, cols).to(dtype)
+    mean, rstd = integers(-2, 2, rows), 2 ** integers(-1, 1, rows)
+    weight, bias = torch.ones(cols, dtype=weights), torch.ones(cols, dtype=biases)
+    xhat = (x.float() - mean[:, None]) * rstd[:, None]
+    module = dispatch.load("layer_norm", backend)
+    exact = (dy.float() * xhat).sum(0).to(weights), dy.float().sum(0).to(biases)
+    for wanted in ((False, True, True), (False, True, False), (False, False, True)):
+        with ptx.run(arch, multiprocessors=multiprocessors):
+            statistics = torch.cat((mean, rstd))
+            found = module.backward(dy, x, (cols,), weight, bias, statistics, wanted)
+        for total, right, asked in zip(found[1:], exact, wanted[1:], strict=True):
+            assert total is None if not asked else torch.equal(total, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_sums_any_number_of_rows(dtype):
+    """A block has 256 columns, each of its eight warps takes two rows at a time; from 65 rows on
+    there are several partial sums to add."""
+    arch = CUDA_ARCHS[dtype]
+    for turn, rows in enumerate((*range(1, 35), 65, 130, 200)):
+        for cols in (248, 264, 519):
+            check_whole_sums("cuda", arch, rows, cols, [dtype, *mixed(turn)], 2)
+
+
+def mixed(turn: int) -> tuple[torch.dtype, torch.dtype]:
+    """Of weight and bias."""
+    return DTYPES[turn % 3], DTYPES[turn // 3 % 3]
+
+
+def test_cuda_adds_any_number_of_partial_sums():
+    """64 rows each. 32 warps take them in turn, four at a time."""
+    for turn, partials in enumerate((2, 3, 4, 5, 7, 9, 17, 31, 33, 64, 100, 128, 129, 160, 165)):
+        dtypes = [torch.bfloat16, *mixed(turn)]
+        check_whole_sums("cuda", "sm_90a", 64 * partials, 33, dtypes, partials)
+
+
 @pytest.mark.parametrize(("vec", "arch", "dtype"), VECTORS)
 def test_triton_adds_any_number_of_shares(vec, arch, dtype):
     """Sums of whole numbers are exact: 32 shares make a tile, and any of them may be the last."""
