@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 # have none, and that several programs share.
 SIZES = [
     (1, 1),
-    (300, 2),
+    (70, 2),
     (33, 7),
     (9, 64),
     (9, 65),

@@ -49,7 +49,7 @@ def run(arch: str, turn: int, rows: int, classes: int, dtype: torch.dtype, optio
 
 TILES = [
     ("sm_80", torch.float32, [*range(65, 128, 4)], PLAIN),  # spans
-    ("sm_80", torch.bfloat16, [513, 777, 1023], SOFT),  # spans of 16 warps, and of two dtypes
+    ("sm_80", torch.bfloat16, [513, 777, 1023], SOFT),  # spans of two dtypes
     (
         "sm_90a",
         torch.bfloat16,
