@@ -1,17 +1,21 @@
-"""Attention's CUDA kernels through the real compiler, no GPU needed: no spills and no local
-memory. That tiles fit into the shared memory of every target is asserted in the sources.
+"""Attention's CUDA kernels through the real compiler, no GPU needed: no spills, no local memory,
+and on Hopper products that run while weights are made. That tiles fit into the shared memory of
+every target is asserted in the sources.
 
 The PTX is the executor's, from its cache. By default one target; the others in the sweep.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from bench import sass
 from ptx import build
+from ptx.machine_code import cuobjdump
 from tests.layer_norm.test_cuda_compile import Usage, usages
 
 SOURCE = build.CSRC / "attention" / "module_cuda.cu"
@@ -21,8 +25,22 @@ DEFAULT = "90a"
 CLASSES = {64, 128, 256}  # head dimensions
 KERNELS = {"forward_kernel", "dquery_kernel", "dkey_dvalue_kernel", "decode_kernel"}
 ROW_KERNELS = {"delta_kernel", "combine_kernel", "dsinks_kernel", "globals_kernel"}
+HOPPER = "forward_sm90_kernel"  # of two dtypes; for other targets than 90a it is empty
+HOPPER_CLASSES = (64, 128)
+HOPPER_KEYS = 128  # of a tile
 # Blocks that the registers of a multiprocessor must hold: two of 128 threads, four of 64.
 REGISTERS_PER_THREAD = 255
+
+
+def assemble(ptx: str, target: str, folder: Path) -> tuple[Path, str]:
+    """The machine code, and what ptxas says of it."""
+    text, cubin = folder / "kernels.ptx", folder / "kernels.cubin"
+    text.write_text(ptx)
+    ptxas = Path(build.nvcc()).resolve().with_name("ptxas")
+    command = [ptxas, "-v", f"-arch=sm_{target}", text, "-o", cubin]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return cubin, result.stderr
 
 
 @pytest.fixture(
@@ -34,23 +52,36 @@ REGISTERS_PER_THREAD = 255
 )
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """What ptxas says of each kernel for one target."""
-    folder = tmp_path_factory.mktemp("cuda")
-    text = folder / "kernels.ptx"
-    text.write_text(build.nvcc_ptx(SOURCE, f"sm_{TARGETS[request.param]}"))
-    ptxas = Path(build.nvcc()).resolve().with_name("ptxas")
-    command = [ptxas, "-v", f"-arch=sm_{request.param}", text, "-o", folder / "kernels.cubin"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return usages(result.stderr)
+    text = build.nvcc_ptx(SOURCE, f"sm_{TARGETS[request.param]}")
+    return usages(assemble(text, request.param, tmp_path_factory.mktemp("cuda"))[1])
 
 
 def test_every_kernel_is_compiled(compiled: list[Usage]) -> None:
-    assert {u.kernel for u in compiled} == KERNELS | ROW_KERNELS
-    # three dtypes of every class, of delta and of combine
-    assert len(compiled) == 3 * len(CLASSES) * len(KERNELS) + 3 * 2 + 2
+    assert {u.kernel for u in compiled} == KERNELS | ROW_KERNELS | {HOPPER}
+    # three dtypes of every class, of delta and of combine; two of the Hopper kernel's
+    assert len(compiled) == 3 * len(CLASSES) * len(KERNELS) + 3 * 2 + 2 + 2 * len(HOPPER_CLASSES)
     assert {u.integers for u in compiled if u.kernel in KERNELS} == {(c,) for c in CLASSES}
+    assert {u.integers for u in compiled if u.kernel == HOPPER} == {(c,) for c in HOPPER_CLASSES}
 
 
 def test_no_spills_and_no_local_memory(compiled: list[Usage]) -> None:
     assert [u for u in compiled if u.local] == []
     assert max(u.registers for u in compiled) <= REGISTERS_PER_THREAD
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "half"])
+@pytest.mark.parametrize("head_dim", HOPPER_CLASSES)
+def test_hopper_makes_weights_while_products_run(head_dim: int, dtype: str, tmp_path: Path) -> None:
+    """Between the waits for the product with the keys and for the one with the values."""
+    pattern = re.compile(rf"{HOPPER}I\d+__nv_bfloat16Li{head_dim}E")
+    (name,) = filter(pattern.search, build.kernel_names(SOURCE, "sm_90a"))
+    text = build.kernel_ptx(SOURCE, "sm_90a", name)
+    text = re.sub(r"^\s*\.loc\b.*$", "", text, flags=re.M)  # refers to what is split off
+    cubin, said = assemble(text, "90a", tmp_path)
+    assert "serialized" not in said  # what ptxas says where products cannot run behind
+    (code,) = sass.functions(cuobjdump("-sass", cubin)).values()
+    steps = " ".join(f"{i.opcode} {i.operands}" for i in code)
+    overlap = re.search(r"DEPBAR.LE gsb0, 0x1 (.*?)DEPBAR.LE gsb0, 0x0", steps)
+    assert overlap is not None
+    # 64 rows of a tile by 128 threads, and what two rows have shrunk by
+    assert overlap[1].count("MUFU.EX2") == HOPPER_KEYS // 2 + 2

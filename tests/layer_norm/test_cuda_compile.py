@@ -57,7 +57,7 @@ def usages(ptxas: str) -> list[Usage]:
         assert head, entry
         assert memory, entry
         assert registers, entry
-        kernel = re.search(r"\d([a-z_]+_kernel)", head["name"])
+        kernel = re.search(r"\d([a-z]+(?:_[a-z]+\d*)*_kernel)", head["name"])
         assert kernel, head["name"]
         integers = tuple(int(n) for n in re.findall(r"Li(\d+)E", head["name"]))
         local = sum(int(n) for n in memory.groups())
