@@ -69,13 +69,39 @@ def test_no_spills_and_no_local_memory(compiled: list[Usage]) -> None:
     assert max(u.registers for u in compiled) <= REGISTERS_PER_THREAD
 
 
+def hopper_ptx(head_dim: int) -> str:
+    pattern = re.compile(rf"{HOPPER}I\d+__nv_bfloat16Li{head_dim}E")
+    (name,) = filter(pattern.search, build.kernel_names(SOURCE, "sm_90a"))
+    return build.kernel_ptx(SOURCE, "sm_90a", name)
+
+
+# What the executor would not miss: it has the accumulators before they are waited for.
+@pytest.mark.parametrize("head_dim", HOPPER_CLASSES)
+def test_hopper_fences_commits_and_waits(head_dim: int) -> None:
+    """In front of the loop, in it and behind it; products with keys, with values; releases."""
+    words = {
+        "wgmma.fence": "fence",
+        "wgmma.mma_async": "product",
+        "wgmma.commit_group": "commit",
+        "wgmma.wait_group": "wait",
+        "mbarrier.arrive.shared": "release",
+    }
+    instruction = re.compile(rf"^[^/\n]*({'|'.join(map(re.escape, words))})[^\s;]*([^;]*);", re.M)
+    found = ""
+    for match in instruction.finditer(hopper_ptx(head_dim)):
+        number = match[2].strip() if match[1].endswith("wait_group") else ""
+        found += f"{words[match[1]]}{number} "
+    keys = "fence " + "product " * (head_dim // 16) + "commit "
+    values = "fence " + "product " * (HOPPER_KEYS // 16) + "commit "
+    before, after = keys + "wait0 release ", values + "wait0 "
+    assert found == before + keys + values + "wait1 release wait0 release " + after
+
+
 @pytest.mark.parametrize("head_dim", HOPPER_CLASSES)
 def test_hopper_makes_weights_while_products_run(head_dim: int, tmp_path: Path) -> None:
     """Between the waits for the product with the keys and for the one with the values."""
-    pattern = re.compile(rf"{HOPPER}I\d+__nv_bfloat16Li{head_dim}E")
-    (name,) = filter(pattern.search, build.kernel_names(SOURCE, "sm_90a"))
-    text = build.kernel_ptx(SOURCE, "sm_90a", name)
-    text = re.sub(r"^\s*\.loc\b.*$", "", text, flags=re.M)  # refers to what is split off
+    # Without source lines: they refer to what was split off.
+    text = re.sub(r"^\s*\.loc\b.*$", "", hopper_ptx(head_dim), flags=re.M)
     cubin, said = assemble(text, "90a", tmp_path)
     assert "serialized" not in said  # what ptxas says where products cannot run behind
     (code,) = sass.functions(cuobjdump("-sass", cubin)).values()
