@@ -151,8 +151,9 @@ __device__ __forceinline__ void multiply_keys(Accumulator (&s)[16], uint32_t que
 // Starts out += p v, with p rounded already, and commits it.
 template <typename T, int kColumns, int kSteps>
 __device__ __forceinline__ void multiply_values(Accumulator (&out)[kColumns / 8],
-                                                const uint32_t (&p)[kSteps][4], uint32_t values) {
+                                                uint32_t (&p)[kSteps][4], uint32_t values) {
   pin(out);
+  pin(p);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
@@ -251,6 +252,7 @@ __device__ __forceinline__ void multiply_sm90(
       if (tile + 1 < walk.tiles) keys.wait(tile + 1);
       wgmma_wait<0>();
       pin(out[0]);
+      pin(p);
       values.release(tile - 1);
       rescale(out, shrink);
       round_weights<T>(p, s[0]);

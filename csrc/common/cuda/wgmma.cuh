@@ -44,13 +44,19 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from moving uses of the accumulators over a wait or a fence.
-template <int kN>
-__device__ __forceinline__ void pin(Accumulator (&c)[kN]) {
+// Keeps the compiler from moving uses of accumulators or left operands over a wait or a fence.
+template <typename Register, int kN>
+__device__ __forceinline__ void pin(Register (&registers)[kN][4]) {
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[n][e])::"memory");
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (std::is_same_v<Register, float>) {
+        asm volatile("" : "+f"(registers[n][i])::"memory");
+      } else {
+        asm volatile("" : "+r"(registers[n][i])::"memory");
+      }
+    }
   }
 }
 
