@@ -12,7 +12,13 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from kernels.cross_entropy import chunks
-from kernels.cross_entropy.checks import check_options, check_target, check_tensor, check_weight
+from kernels.cross_entropy.checks import (
+    check_classes,
+    check_options,
+    check_target,
+    check_tensor,
+    check_weight,
+)
 from kernels.cross_entropy.chunks import LinearFunction, Problem
 from kernels.cross_entropy.op import (
     cross_entropy,
@@ -207,6 +213,7 @@ def _of_positions(
     targets = target.reshape((rows, classes, positions) if probabilities else (rows, positions))
     if not probabilities:
         targets = targets.long()
+        check_classes(targets.flatten(), classes, options.ignore_index)
     elif targets.dtype != x.dtype:
         targets = targets.to(wide)
     if reduction == "sum":

@@ -11,7 +11,13 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from kernels.cross_entropy import reference
-from kernels.cross_entropy.checks import check_options, check_target, check_tensor, check_weight
+from kernels.cross_entropy.checks import (
+    check_classes,
+    check_options,
+    check_target,
+    check_tensor,
+    check_weight,
+)
 from kernels.cross_entropy.rows import Options, RowResults, row_losses
 
 
@@ -66,8 +72,8 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: as F.cross_entropy, before
             anything runs.
-        IndexError: a target is out of range; CPU only.  On a GPU, which cannot tell without
-            stopping, the loss of that row is NaN.
+        IndexError: a target is out of range.  On a GPU, which cannot tell without stopping, only
+            inside kernels.dispatch.checked; else the loss of that row is NaN.
 
     Differentiable any number of times in input, and in target probabilities; the first derivative
     is fused and deterministic.  Under autocast the loss is float32, as F.cross_entropy's.  Inside
@@ -106,6 +112,7 @@ def cross_entropy(
     elif must_be_composite(logits, weight):
         rows = composite_rows(logits, targets, weight, options)
     else:
+        check_classes(targets, logits.shape[1], ignore_index)
         rows = row_losses(logits, targets, weight, options, return_stats, inplace_backward)
     loss = reduce(rows.losses, targets, weight, ignore_index, reduction)
     loss = loss.to(result_dtype(input, target, weight))
