@@ -130,7 +130,7 @@ def _amd(kernel: Any) -> Row:
         kind = {"dwordx4": "wide", "dwordx3": "wide", "dwordx2": "64"}.get(width, "narrow")
         count[f"all_{move}_{kind}"] += 1
     waves = number("; Occupancy")
-    # Scalar registers that do not fit are kept in lanes of a vector register: no memory, but instructions.
+    # Scalar registers that do not fit are kept in lanes of vector registers, not in memory.
     scalar = number(r"\.sgpr_spill_count")
     return {
         "registers": number(r"\.vgpr_count"),
