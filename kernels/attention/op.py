@@ -101,6 +101,8 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         return reference.forward(*call)  # a kernel on raw memory cannot take part in transforms
     if 0 in query.shape or value.shape[3] == 0:
         return reference.forward(*call)  # an empty result: no kernel needs to know
+    if call.cu_seqlens_q is not None and query.is_meta:
+        return reference.forward(*call)  # there are no lengths for eager to read
     backend = choose(*call)
     if _is_grad_enabled() and (
         query.requires_grad

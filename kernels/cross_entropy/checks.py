@@ -20,6 +20,11 @@ def check_options(
     softcap: float | None,
     logit_scale: float,
 ) -> None:
+    numbers = ("label_smoothing", label_smoothing), ("z_loss", z_loss), ("logit_scale", logit_scale)
+    for name, value in (*numbers, ("softcap", 0.0 if softcap is None else softcap)):
+        # torch takes what float() takes, but for text.
+        if type(value) is not float and (isinstance(value, str) or not hasattr(value, "__float__")):
+            raise TypeError(f"{op}: {name} must be a float, not {type(value).__name__}")
     if reduction not in _REDUCTIONS:
         raise ValueError(
             f"{op}: {reduction!r} is not a valid value for reduction "
@@ -35,6 +40,15 @@ def check_options(
         raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
     if not math.isfinite(logit_scale):
         raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
+
+
+def check_ignore_index(op: str, value: Any) -> None:
+    # Under torch.compile an int may be symbolic, of which no attribute can be asked for.
+    known = type(value) is int or isinstance(value, torch.SymInt)
+    if not known and (isinstance(value, bool) or not hasattr(value, "__index__")):
+        raise TypeError(f"{op}: ignore_index must be an int, not {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: ignore_index must fit 64 bits with sign, got {value}")
 
 
 def check_tensor(op: str, name: str, value: Any, like: Tensor | None = None) -> None:
@@ -105,3 +119,8 @@ def check_weight(op: str, weight: Any, classes: int, input: Tensor) -> None:
             f"{op}: weight must have one element for each of the {classes} classes, "
             f"but has shape {list(weight.shape)}"
         )
+
+
+def is_autocast(input: Tensor) -> bool:
+    """Whether torch.autocast is on where `input` is; the meta device has none to ask about."""
+    return input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)

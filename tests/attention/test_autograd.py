@@ -232,5 +232,6 @@ def test_runs_under_fake_and_meta_tensors():
     with FakeTensorMode():
         made = torch.randn(2, 4, 5, 8)
         assert attention(made, made, made, is_causal=True).shape == (2, 4, 5, 8)
-    out, lse = attention(Q.to("meta"), K.to("meta"), V.to("meta"), return_lse=True)
+    with torch.autocast("cpu"):
+        out, lse = attention(Q.to("meta"), K.to("meta"), V.to("meta"), return_lse=True)
     assert (out.shape, lse.shape) == ((2, 4, 5, 8), (2, 4, 5))
