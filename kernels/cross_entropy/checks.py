@@ -34,11 +34,12 @@ def check_options(
         raise RuntimeError(
             f"{op}: label_smoothing must be between 0.0 and 1.0, got {label_smoothing}"
         )
-    if not math.isfinite(z_loss):
+    # No math.isfinite: under torch.compile(dynamic=True) a float may be symbolic.
+    if not -math.inf < z_loss < math.inf:
         raise ValueError(f"{op}: z_loss must be finite, got {z_loss}")
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
 
 

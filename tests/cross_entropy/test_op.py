@@ -172,8 +172,8 @@ def test_the_input_is_never_modified():
     assert torch.equal(x, X)
 
 
-@pytest.mark.parametrize("probabilities", [False, True])
-def test_compiles_to_one_graph(probabilities):
+@pytest.mark.parametrize(("probabilities", "dynamic"), [(False, True), (True, None)])
+def test_compiles_to_one_graph(probabilities, dynamic):
     def function(x, target):
         loss, stats = cross_entropy(
             x.view(-1, 8) * 2, target, label_smoothing=0.1, softcap=5.0, return_stats=True
@@ -182,7 +182,8 @@ def test_compiles_to_one_graph(probabilities):
 
     target = X.softmax(1) if probabilities else T
     x = X.clone().requires_grad_()
-    got, want = torch.compile(function, fullgraph=True)(x, target), function(x, target)
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    got, want = compiled(x, target), function(x, target)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))
 
