@@ -246,9 +246,12 @@ def _body(ptx: str) -> str:
 
 
 def _op(ptx: str) -> str:
-    """The op whose folder a kernel's source lies in; nothing for a kernel of a test."""
-    found = re.search(rf'"{re.escape(str(ROOT))}/(?:csrc|kernels)/(\w+)/(?<!/common/)', ptx)
-    return found[1] if found else ""
+    """The op whose folder a kernel's source lies in; nothing for a kernel of a test.
+
+    In whichever clone of the project: Triton takes a kernel from its cache that was compiled there.
+    """
+    found = re.search(r'"/[^"]*/(?:csrc|kernels)/(\w+)/(?<!/common/)', ptx)
+    return found[1] if found and found[1] in ops() else ""
 
 
 def _name(ptx: str) -> str:

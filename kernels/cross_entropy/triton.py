@@ -18,6 +18,7 @@ from kernels.cross_entropy import triton_plan as plan
 from kernels.cross_entropy import triton_row as row_code
 from kernels.cross_entropy.triton_backward import backward
 from kernels.cross_entropy.triton_merge import merge_kernel
+from kernels.cross_entropy.triton_span import load_tile
 
 __all__ = ["backward", "forward", "unsupported"]
 
@@ -45,6 +46,8 @@ def _forward_tile_kernel(
     VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPAN: tl.constexpr,
+    SPREAD: tl.constexpr,
     PROBABILITIES: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -52,11 +55,12 @@ def _forward_tile_kernel(
     STATS: tl.constexpr,
 ):
     classes = n_vec * VEC  # the product shows Triton that rows start on a vector boundary
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(0)
+    row = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = row < rows
     column = tl.arange(0, BLOCK_N)[None, :]
     mask = mask_m[:, None] & (column < classes)  # [BLOCK_M, BLOCK_N]
-    raw = tl.load(x_ptr + row[:, None] * (stride_vec * VEC) + column, mask=mask, other=0.0)
+    raw = load_tile(x_ptr, tile, rows, classes, stride_vec * VEC, BLOCK_M, BLOCK_N, SPAN)
     x = tl.where(mask, row_code.logits(raw, softcap, logit_scale, SOFTCAP), float("-inf"))
     top = tl.max(x, 1)
     base = row_code.base_of(top)
@@ -64,21 +68,14 @@ def _forward_tile_kernel(
     target = row  # this and the next four are not read unless they are set below
     logit, cost, mass, best = top, top, top, top
     if not PROBABILITIES:
-        target = tl.load(target_ptr + row, mask=mask_m, other=-1)
+        target = row_code.of_rows(target_ptr, row, mask_m, SPREAD)
         logit = tl.sum(tl.where(column == target[:, None], x, 0.0), 1)
     if SHARED:
-        q_place = row[:, None] * classes + column
-        share = row_code.shares(
-            target_ptr,
-            q_place,
-            weight_ptr,
-            column,
-            mask,
-            column < classes,
-            on,
-            off,
-            PROBABILITIES,
-            HAS_WEIGHT,
+        q = raw
+        if PROBABILITIES:
+            q = load_tile(target_ptr, tile, rows, classes, classes, BLOCK_M, BLOCK_N, SPAN)
+        share = row_code.shares_of(
+            q, weight_ptr, column, mask, column < classes, on, off, PROBABILITIES, HAS_WEIGHT
         )
         mass = tl.sum(share, 1)
         cost = tl.sum(tl.where(mask, share * (base[:, None] - x), 0.0), 1)
@@ -164,7 +161,6 @@ def _forward_rows_kernel(
             weight_ptr,
             begin + end_column,
             end_mask,
-            end_mask,
             on,
             off,
             PROBABILITIES,
@@ -201,7 +197,6 @@ def _forward_rows_kernel(
                 q_start + column,
                 weight_ptr,
                 begin + column,
-                mask,
                 mask,
                 on,
                 off,

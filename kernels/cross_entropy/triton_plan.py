@@ -30,6 +30,17 @@ TILES = (
     (128, 8, 1),
     (TILE_CLASSES, 2, 1),
 )
+# Rows that are moved as one span: several warps, which make the change of places one through shared
+# memory, and multiples of 8 rows, so that spans start and end with a vector.
+SPANS = (
+    (8, 256, 2),
+    (16, 128, 2),
+    (32, 64, 2),
+    (64, 32, 2),
+    (128, 16, 2),
+    (TILE_CLASSES, 8, 2),
+)
+SECTOR = 32  # bytes: the unit in which global memory moves
 
 # Arguments that are no reason to compile again.
 NUMBERS = ("rows", "ignore_index", "on", "off", "z_loss", "softcap", "logit_scale")
@@ -37,18 +48,25 @@ NUMBERS = ("rows", "ignore_index", "on", "off", "z_loss", "softcap", "logit_scal
 
 @dataclass(frozen=True)
 class Tile:
-    """Whole rows in registers: BLOCK_M of them, loaded by vectors of `vec` elements."""
+    """Whole rows in registers: BLOCK_M of them, loaded by vectors of `vec` elements.
+
+    With `span` rows lie one after the other and are moved as one span of memory.
+    """
 
     vec: int
     block_m: int
     block_n: int
     num_warps: int
+    span: bool
+    spread: int  # threads for each row
 
     def constants(self) -> dict[str, int]:
         return {
             "VEC": self.vec,
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
+            "SPAN": self.span,
+            "SPREAD": self.spread,
             "num_warps": self.num_warps,
         }
 
@@ -92,9 +110,17 @@ def tile(input: Tensor, *strides: int) -> Tile | None:
     classes = input.shape[1]
     if classes > TILE_CLASSES:
         return None
-    vec = _triton.vector(math.gcd(classes, *strides))
-    block_m, num_warps = _triton.tile(TILES, input, classes, vec)
-    return Tile(vec, block_m, triton.next_power_of_2(classes), num_warps)
+    block_n = triton.next_power_of_2(classes)
+    partial = classes != block_n and classes * input.element_size() % SECTOR != 0
+    span = partial and all(stride == classes for stride in strides)
+    if span:
+        vec = 1
+        block_m, num_warps = next(row[1:] for row in SPANS if classes <= row[0])
+    else:
+        vec = _triton.vector(math.gcd(classes, *strides))
+        block_m, num_warps = _triton.tile(TILES, input, classes, vec)
+    spread = max(1, num_warps * _triton.warp_size(input) // block_m)
+    return Tile(vec, block_m, block_n, num_warps, span, spread)
 
 
 def sweep(input: Tensor) -> Sweep:
