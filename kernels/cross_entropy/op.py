@@ -13,10 +13,12 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from kernels.cross_entropy import reference
 from kernels.cross_entropy.checks import (
     check_classes,
+    check_ignore_index,
     check_options,
     check_target,
     check_tensor,
     check_weight,
+    is_autocast,
 )
 from kernels.cross_entropy.rows import Options, RowResults, row_losses
 
@@ -97,6 +99,7 @@ def cross_entropy(
             process_group=process_group,
         )
     check_options("cross_entropy", reduction, label_smoothing, z_loss, softcap, logit_scale)
+    check_ignore_index("cross_entropy", ignore_index)
     logits, targets, positions = as_rows(input, target, weight, ignore_index, process_group)
     if logits.shape[1] == 0:  # a loss of nothing
         return F.cross_entropy(
@@ -220,7 +223,7 @@ def result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.
         dtype = torch.promote_types(dtype, target.dtype)
         if weight is not None:
             dtype = torch.promote_types(dtype, weight.dtype)
-    if dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+    if dtype.itemsize == 2 and is_autocast(input):
         return torch.float32
     return dtype
 

@@ -18,8 +18,9 @@ from kernels import _triton
 from kernels.cross_entropy import triton_linear_plan as linear_plan
 from kernels.cross_entropy import triton_plan as plan
 from kernels.cross_entropy import triton_row as row_code
+from kernels.cross_entropy.chunks import Problem
 from kernels.cross_entropy.triton_linear_backward import backward
-from kernels.cross_entropy.triton_linear_plan import Problem, prepared, unsupported
+from kernels.cross_entropy.triton_linear_plan import prepared, unsupported
 from kernels.cross_entropy.triton_linear_product import product
 from kernels.cross_entropy.triton_merge import merge
 

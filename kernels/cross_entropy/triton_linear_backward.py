@@ -19,7 +19,8 @@ from kernels import _triton
 from kernels.cross_entropy import triton_linear_plan as linear_plan
 from kernels.cross_entropy import triton_plan as plan
 from kernels.cross_entropy import triton_row as row_code
-from kernels.cross_entropy.triton_linear_plan import Problem, prepared
+from kernels.cross_entropy.chunks import Problem
+from kernels.cross_entropy.triton_linear_plan import prepared
 from kernels.cross_entropy.triton_linear_product import product
 
 NUMBERS = [*plan.NUMBERS, "dlosses_stride", "dlse_stride", "classes", "features"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +75,7 @@ GRADIENT = {
     ),
     "interpreter": ((4, 0, 16, 32, 16, 4, 1),),
 }
-Tiles = dict[str, tuple[tuple[int, ...], ...]]
+Tiles = Mapping[str, tuple[tuple[int, ...], ...]]
 NAMES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 
 

@@ -27,6 +27,7 @@ CALLS = {
     # The window's edges fall within blocks and between them.
     "window": Call(100, 100, window=(20, 13), heads=(1, 1)),
     "window of blocks": Call(100, 100, window=(32, 31), heads=(1, 1)),
+    "window short of a block by a key": Call(100, 100, window=(30, 30), heads=(1, 1)),
     "causal window": Call(90, 100, causal=True, lower_right=True, window=(5, -1), heads=(1, 1)),
     "window of nothing but itself": Call(40, 40, window=(0, 0), heads=(1, 1)),
     "window past the keys": Call(80, 20, window=(10, 0), heads=(1, 1)),
