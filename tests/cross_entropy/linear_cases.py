@@ -74,6 +74,7 @@ def _stored(
     dlogits, _ = reference.backward(
         dlosses, dlse, logits, *arguments, lse, (True, False), inplace=False
     )
+    assert dlogits is not None
     dbias = dlogits.sum(0) if mask[2] else None
     whole = lse.sum(0) if wide else lse[0]
     return losses, whole, log_prob, dlogits @ w, dlogits.t() @ x, dbias, best
