@@ -158,7 +158,7 @@ def _cross_entropy_triton() -> list[Call]:
     from kernels.cross_entropy import triton_plan
 
     tiles = [row[0] for row in triton_plan.TILES]
-    sweeps = [1000, 3000, 5000, 50257]  # by 1, 2, 4 and 8 warps
+    sweeps = [2000, 3000, 5000, 50257]  # by 1, 2, 4 and 8 warps
     plain = [(n, torch.bfloat16, "") for n in (*tiles, 65, 255, *sweeps)]
     plain += [(n, torch.float32, "") for n in (65, 96, 50257)]
     rest = [(n, torch.bfloat16, "options") for n in (96, 255, 1001, 50257)]
