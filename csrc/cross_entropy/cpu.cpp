@@ -6,14 +6,11 @@
 #include "common/cpu/memory.h"
 #include "common/cpu/parallel.h"
 #include "cross_entropy/cpu_kernel.h"
+#include "cross_entropy/cpu_options.h"
 
 namespace kernels::ISA {
 namespace cross_entropy {
 namespace {
-
-using kernels::cross_entropy::BackwardArgs;
-using kernels::cross_entropy::Call;
-using kernels::cross_entropy::ForwardArgs;
 
 constexpr int64_t kChunk = 32768;      // classes: 128 KiB of floats, which stay in L2
 constexpr int64_t kRowsPerThread = 4;  // with fewer, long rows are shared out by the chunk
@@ -34,53 +31,35 @@ bool shared_out_by_chunk(const Call& a, int threads) {
   return threads > 1 && a.rows < kRowsPerThread * threads && a.cols > kChunk;
 }
 
-template <class T>
-const T* row_of(const Call& a, int64_t row) {
-  return static_cast<const T*>(a.input) + row * a.row_stride;
+// f(first row, rows) for groups of rows, at most kLanes each; few rows keep every thread busy in
+// small groups.
+template <class F>
+void for_each_group(const Call& a, int threads, F f) {
+  const int64_t size = a.rows >= 4 * kLanes * threads ? kLanes : kRowsInFlight;
+  parallel_for((a.rows + size - 1) / size, threads, [&](int64_t group) {
+    const int64_t row = group * size, rest = a.rows - row;
+    f(row, int(rest < size ? rest : size));
+  });
 }
 
 float weight_of(const Call& a, int64_t target) { return a.weight ? a.weight[target] : 1.f; }
 
-template <bool value_>
-struct Bool {
-  static constexpr bool value = value_;
-};
-
-// Calls f(transform, term_of) with the types this call needs; term_of(row, scale) is scale times
-// the weights k_c of that row.
-template <class T, class F>
-void dispatch_call(const Call& a, F f) {
-  auto with_term = [&](auto transform) {
-    const float share = a.label_smoothing / float(a.cols), keep = 1.f - a.label_smoothing;
-    auto with_probabilities = [&](auto q) {
-      using Q = decltype(q);
-      f(transform, [&a, keep, share](int64_t row, float scale) {
-        return Probabilities<Q>{static_cast<const Q*>(a.probabilities) + row * a.cols, a.weight,
-                                keep * scale, share * scale};
-      });
-    };
-    if (a.probabilities && a.probabilities_dtype == a.dtype) {
-      with_probabilities(T{});
-    } else if (a.probabilities) {
-      with_probabilities(float{});
-    } else if (share != 0.f) {
-      f(transform, [&a, share](int64_t, float scale) { return Uniform{a.weight, share * scale}; });
-    } else {
-      f(transform, [](int64_t, float) { return NoTerm{}; });
-    }
-  };
-  if (a.softcap == 0.f && a.logit_scale == 1.f) {
-    with_term(Plain{});
-  } else {
-    with_term(Transformed{a.logit_scale, a.softcap});
-  }
-}
-
 // ---- forward ----
 
+// The logit of a row's target, and what its loss counts: 0 where ignored.
+struct Target {
+  float x, weight;
+  bool counted;
+};
+
+Target target_of(const Call& a, const RowKernels& kernels, int64_t row) {
+  const int64_t target = a.target[row];
+  if (target == a.ignore_index) return {0.f, 0.f, false};
+  return {kernels.element(row_of(a, kernels, row), target), weight_of(a, target), true};
+}
+
 // Writes all that a row's sums give.
-template <class T, class Transform>
-void finish_row(const ForwardArgs& f, int64_t row, const Partial& p, Transform transform) {
+void finish_row(const ForwardArgs& f, const RowKernels& kernels, int64_t row, const Partial& p) {
   const Call& a = f.call;
   const float log_sum = p.top == -INFINITY ? NAN : logf(float(p.sum));
   const float lse = p.top + log_sum;
@@ -92,13 +71,13 @@ void finish_row(const ForwardArgs& f, int64_t row, const Partial& p, Transform t
   float log_prob = 0.f;
   bool counted = true;
   if (a.target) {
-    const int64_t target = a.target[row];
-    counted = target != a.ignore_index;
+    const Target target = target_of(a, kernels, row);
+    counted = target.counted;
     if (counted) {
-      const float x = transform(set1(load_one(row_of<T>(a, row) + target)))[0];
-      const double exact = (double(x) - double(p.top)) - double(log_sum);
+      const double x = double(has_options(a) ? transformed(a, target.x) : target.x);
+      const double exact = (x - double(p.top)) - double(log_sum);
       log_prob = float(exact);
-      loss -= (1.0 - double(a.label_smoothing)) * weight_of(a, target) * exact;
+      loss -= (1.0 - double(a.label_smoothing)) * double(target.weight) * exact;
     }
   }
   if (a.z_loss != 0.f) loss += double(a.z_loss) * lse * lse;
@@ -106,201 +85,215 @@ void finish_row(const ForwardArgs& f, int64_t row, const Partial& p, Transform t
   if (f.log_prob) f.log_prob[row] = log_prob;
 }
 
-void combine(Largest& best, const Largest& next) {
-  if (best.value == best.value && !(next.value <= best.value)) best = next;
+// The same for up to kLanes rows of at most kBlock classes without options, a row a lane; there
+// `maxima` are the largest logits, so no term of a loss is negative and float does.
+void finish_short_rows(const ForwardArgs& f, const RowKernels& kernels, int64_t row, int rows,
+                       const float* maxima, const float* sums) {
+  const Call& a = f.call;
+  float x[kLanes], weight[kLanes];
+  int32_t counted[kLanes] = {};
+  for (int r = 0; r < rows; r++) {
+    const Target target = target_of(a, kernels, row + r);
+    x[r] = target.x;
+    weight[r] = target.weight;
+    counted[r] = -int32_t(target.counted);
+  }
+  const Tail lanes{rows};
+  const vf top = load(maxima), log_sum = top == -INFINITY ? set1(NAN) : log(load(sums));
+  const vf lse = top + log_sum, part = lse - top;
+  const vf log_prob = (load(x) - top) - log_sum;
+  const vf loss = a.z_loss * lse * lse - load(weight) * log_prob;
+  vi is_counted;
+  memcpy(&is_counted, counted, sizeof is_counted);
+  store(f.lse + row, lse, lanes);
+  store(f.lse + a.rows + row, (top - (lse - part)) + (log_sum - part), lanes);
+  store(f.losses + row, is_counted ? loss : vf{}, lanes);
+  if (f.log_prob) store(f.log_prob + row, is_counted ? log_prob : vf{}, lanes);
 }
 
-template <class T>
-void forward_as(const ForwardArgs& f) {
+void forward_short_rows(const ForwardArgs& f, const RowKernels& kernels, int threads) {
   const Call& a = f.call;
-  const int threads = threads_for(a.rows * a.cols);
-  const int64_t chunks = chunks_of(a.cols);
-  const float sign = a.logit_scale < 0.f ? -1.f : 1.f;
-  dispatch_call<T>(a, [&](auto transform, auto term_of) {
-    auto partial = [&](int64_t row, int64_t begin, int64_t n) {
-      return row_partial(row_of<T>(a, row), begin, n, transform, term_of(row, 1.f));
-    };
-    auto largest = [&](int64_t row, int64_t begin, int64_t n) {
-      return f.best ? row_largest(row_of<T>(a, row), begin, n, sign) : Largest{};
-    };
-    auto finish = [&](int64_t row, const Partial& p, const Largest& best) {
-      finish_row<T>(f, row, p, transform);
-      if (f.best) f.best[row] = best.at;
-    };
-    if (shared_out_by_chunk(a, threads)) {
-      struct Part {
-        Partial sums;
-        Largest largest;
-      };
-      const Scratch scratch(1, a.rows * chunks * int64_t(sizeof(Part) / sizeof(float)));
-      Part* parts = reinterpret_cast<Part*>(scratch[0]);
-      for_each_chunk(a, threads, [&](int64_t row, int64_t chunk, int64_t begin, int64_t n) {
-        parts[row * chunks + chunk] = {partial(row, begin, n), largest(row, begin, n)};
-      });
-      for (int64_t row = 0; row < a.rows; row++) {
-        Part all = parts[row * chunks];
-        for (int64_t c = 1; c < chunks; c++) {
-          combine(all.sums, parts[row * chunks + c].sums);
-          combine(all.largest, parts[row * chunks + c].largest);
-        }
-        finish(row, all.sums, all.largest);
-      }
-      return;
+  for_each_group(a, threads, [&](int64_t row, int rows) {
+    float maxima[kLanes + kRowsInFlight], sums[kLanes + kRowsInFlight];
+    int r = 0;
+    for (; r + kRowsInFlight <= rows; r += kRowsInFlight) {
+      kernels.short_rows(row_of(a, kernels, row + r), a.row_stride, a.cols, maxima + r, sums + r);
     }
-    if (a.cols <= kBlock && !decltype(term_of(0, 1.f))::kUsed && !f.best) {
-      parallel_for((a.rows + 3) / 4, threads, [&](int64_t group) {
-        const int64_t row = 4 * group, rows = a.rows - row < 4 ? a.rows - row : 4;
-        Partial sums[4];
-        if (rows == 4) {
-          short_rows<4>(row_of<T>(a, row), a.row_stride, a.cols, transform, sums);
-        } else {
-          for (int64_t r = 0; r < rows; r++) sums[r] = partial(row + r, 0, a.cols);
-        }
-        for (int64_t r = 0; r < rows; r++) finish_row<T>(f, row + r, sums[r], transform);
-      });
-      return;
+    for (; r < rows; r++) {  // one row in all places
+      kernels.short_rows(row_of(a, kernels, row + r), 0, a.cols, maxima + r, sums + r);
     }
-    parallel_for(a.rows, threads, [&](int64_t row) {
-      Partial sums{};
-      Largest best{};
-      for (int64_t begin = 0; begin < a.cols; begin += kChunk) {
-        const int64_t n = a.cols - begin < kChunk ? a.cols - begin : kChunk;
-        const Partial next = partial(row, begin, n);
-        const Largest next_best = largest(row, begin, n);
-        if (begin == 0) {
-          sums = next;
-          best = next_best;
-        } else {
-          combine(sums, next);
-          combine(best, next_best);
-        }
-      }
-      finish(row, sums, best);
-    });
+    finish_short_rows(f, kernels, row, rows, maxima, sums);
   });
 }
 
-// ---- backward ----
-
-// Sum of k_c over a row.
-template <class Term>
-double sum_of_weights(const Call& a, Term term) {
-  double total = 0;
-  for (int64_t b = 0; b < a.cols; b += kBlock) {
-    const int64_t n = a.cols - b < kBlock ? a.cols - b : kBlock;
-    Accumulator sum;
-    for_each_vector(n, [&](int64_t i, auto lanes, int u) { sum.slot[u] += term(b + i, lanes); });
-    total += double(Accumulator::total(sum));
+void forward_long_rows(const ForwardArgs& f, const RowKernels& kernels, int threads) {
+  const Call& a = f.call;
+  const bool options = has_options(a);
+  auto partial = [&](int64_t row, int64_t begin, int64_t n) {
+    return options ? partial_with_options(a, kernels, row, begin, n)
+                   : kernels.partial(row_of(a, kernels, row) + begin * kernels.element_size, n);
+  };
+  if (!shared_out_by_chunk(a, threads)) {
+    parallel_for(a.rows, threads, [&](int64_t row) {
+      Partial sums = partial(row, 0, a.cols < kChunk ? a.cols : kChunk);
+      for (int64_t begin = kChunk; begin < a.cols; begin += kChunk) {
+        const int64_t rest = a.cols - begin;
+        combine(sums, partial(row, begin, rest < kChunk ? rest : kChunk));
+      }
+      finish_row(f, kernels, row, sums);
+    });
+    return;
   }
-  return total;
+  const int64_t chunks = chunks_of(a.cols);
+  const Scratch scratch(1, a.rows * chunks * int64_t(sizeof(Partial) / sizeof(float)));
+  Partial* parts = reinterpret_cast<Partial*>(scratch[0]);
+  for_each_chunk(a, threads, [&](int64_t row, int64_t chunk, int64_t begin, int64_t n) {
+    parts[row * chunks + chunk] = partial(row, begin, n);
+  });
+  for (int64_t row = 0; row < a.rows; row++) {
+    Partial all = parts[row * chunks];
+    for (int64_t c = 1; c < chunks; c++) combine(all, parts[row * chunks + c]);
+    finish_row(f, kernels, row, all);
+  }
 }
 
-// What is the same for all classes of a row.
-struct Row {
-  Gradient gradient;
-  float scale;     // dlosses: what the term is times
-  float on;        // what the target's class has besides
-  int64_t target;  // -1 where there is none
-  bool zero;       // ignored, and no gradient of lse
-};
+void find_largest(const ForwardArgs& f, const RowKernels& kernels, int threads) {
+  const Call& a = f.call;
+  const float sign = a.logit_scale < 0.f ? -1.f : 1.f;
+  parallel_for(a.rows, threads, [&](int64_t row) {
+    f.best[row] = row_largest(kernels, row_of(a, kernels, row), 0, a.cols, sign).at;
+  });
+}
+
+void forward(const ForwardArgs& f) {
+  const Call& a = f.call;
+  const RowKernels& kernels = row_kernels(a.dtype);
+  const int threads = threads_for(a.rows * a.cols);
+  if (a.cols <= kBlock && !has_options(a)) {
+    forward_short_rows(f, kernels, threads);
+  } else {
+    forward_long_rows(f, kernels, threads);
+  }
+  if (f.best) find_largest(f, kernels, threads);
+}
+
+// ---- backward ----
 
 // `weights`: the sum of k_c with a scale of 1.
 Row row_to_differentiate(const BackwardArgs& b, int64_t row, double weights) {
   const Call& a = b.call;
   const float lse = b.lse[row], rest = b.lse[a.rows + row];
   const float g = b.dlosses[row * b.dlosses_stride], dlse = b.dlse ? b.dlse[row] : 0.f;
-  float on = 0.f;
+  double on = 0;
   int64_t target = -1;
   if (a.target) {
     target = a.target[row];
-    if (target == a.ignore_index) return {{lse, rest, dlse}, 0.f, 0.f, -1, b.dlse == nullptr};
-    if (target < 0 || target >= a.cols) return {{NAN, NAN, NAN}, NAN, 0.f, -1, false};
-    on = float((1.0 - double(a.label_smoothing)) * weight_of(a, target));
+    if (target == a.ignore_index) return {lse, rest, dlse, 0.f, dlse, -1, b.dlse == nullptr};
+    if (target < 0 || target >= a.cols) return {NAN, NAN, NAN, NAN, NAN, -1, false};
+    on = (1.0 - double(a.label_smoothing)) * double(weight_of(a, target));
   }
-  const float slope = float(weights + double(on) + 2.0 * double(a.z_loss) * lse);
-  return {{lse, rest, g * slope + dlse}, g, g * on, target, false};
-}
-
-// Classes begin to begin + n of a row of dinput.
-template <bool Stream, class T, class Transform, class Term>
-void gradient_chunk(const BackwardArgs& b, int64_t row, int64_t begin, int64_t n, const Row& r,
-                    Transform transform, Term term) {
-  const T* x = row_of<T>(b.call, row);
-  T* dx = static_cast<T*>(b.dinput) + row * b.dinput_stride;
-  if (r.zero) {
-    memset(dx + begin, 0, n * sizeof(T));
-    return;
-  }
-  const bool has_target = r.target >= begin && r.target < begin + n;
-  vf at_target{};
-  if (has_target) {  // before dx, which may be x, is written
-    const vf v = set1(load_one(x + r.target));
-    at_target = gradient_at_target(v, r.gradient, transform, term, r.target, r.on);
-  }
-  row_gradient<Stream>(x, dx, begin, n, r.gradient, transform, term);
-  if constexpr (Stream) stream_fence();  // before the target is written over
-  if (has_target) store(dx + r.target, at_target, Tail{1});
+  const double others = weights + 2.0 * double(a.z_loss) * double(lse);
+  return {lse, rest, g * float(others + on) + dlse, g, g * float(others) + dlse, target, false};
 }
 
 // Past the caches, where the gradient is too large to stay in them.
-template <class T>
-bool use_stream(const BackwardArgs& b) {
+bool use_stream(const BackwardArgs& b, int64_t element_size) {
   constexpr int64_t kFromBytes = int64_t{24} << 20;
   constexpr int64_t kFromRowBytes = 4096;  // shorter rows would feel the fence after each
-  const int64_t row_bytes = b.call.cols * int64_t(sizeof(T));
+  const int64_t row_bytes = b.call.cols * element_size;
   return b.dinput != b.call.input && b.call.rows * row_bytes >= kFromBytes &&
          row_bytes >= kFromRowBytes && uintptr_t(b.dinput) % 64 == 0 && row_bytes % 64 == 0;
 }
 
-template <class T>
-void backward_as(const BackwardArgs& b) {
-  const Call& a = b.call;
-  const int threads = threads_for(a.rows * a.cols);
-  dispatch_call<T>(a, [&](auto transform, auto term_of) {
-    using Term = decltype(term_of(0, 1.f));
-    constexpr bool kMayStream = !Term::kUsed && decltype(transform)::kIdentity;
-    constexpr bool kSameForAllRows = !Term::kPerRow;
-    double common = 0;
-    if constexpr (Term::kUsed && kSameForAllRows) common = sum_of_weights(a, term_of(0, 1.f));
-    auto prepared = [&](int64_t row) {
-      double weights = common;
-      if constexpr (!kSameForAllRows) weights = sum_of_weights(a, term_of(row, 1.f));
-      return row_to_differentiate(b, row, weights);
-    };
-    auto chunk = [&](auto stream, int64_t row, int64_t begin, int64_t n, const Row& r) {
-      gradient_chunk<decltype(stream)::value, T>(b, row, begin, n, r, transform,
-                                                 term_of(row, r.scale));
-    };
-    if (shared_out_by_chunk(a, threads)) {
-      const Scratch scratch(1, a.rows * int64_t(sizeof(Row) / sizeof(float)));
-      Row* rows = reinterpret_cast<Row*>(scratch[0]);
-      for (int64_t row = 0; row < a.rows; row++) rows[row] = prepared(row);
-      for_each_chunk(a, threads, [&](int64_t row, int64_t, int64_t begin, int64_t n) {
-        chunk(Bool<false>{}, row, begin, n, rows[row]);
-      });
-      return;
-    }
-    auto all_rows = [&](auto stream) {
-      parallel_for(a.rows, threads,
-                   [&](int64_t row) { chunk(stream, row, 0, a.cols, prepared(row)); });
-    };
-    if constexpr (kMayStream) {
-      if (use_stream<T>(b)) return all_rows(Bool<true>{});
-    }
-    all_rows(Bool<false>{});
-  });
+char* gradient_of(const BackwardArgs& b, const RowKernels& kernels, int64_t row) {
+  return static_cast<char*>(b.dinput) + row * b.dinput_stride * kernels.element_size;
 }
 
-void forward(const ForwardArgs& f) {
-  dispatch_float(f.call.dtype, [&](auto t) { forward_as<decltype(t)>(f); });
+// Up to kLanes rows of at most kBlock classes without options, of which r[0] is number `row`.
+void gradients_of_short_rows(const BackwardArgs& b, const RowKernels& kernels,
+                             decltype(RowKernels::gradients) gradients, int64_t row, const Row* r,
+                             int rows) {
+  const Call& a = b.call;
+  const int64_t size = kernels.element_size;
+  float x[kLanes], lse[kLanes], rest[kLanes], slope[kLanes], others[kLanes], at_target[kLanes];
+  for (int i = 0; i < rows; i++) {  // before dx, which may be x, is written
+    x[i] = r[i].target < 0 ? 0.f : kernels.element(row_of(a, kernels, row + i), r[i].target);
+    lse[i] = r[i].lse;
+    rest[i] = r[i].rest;
+    slope[i] = r[i].slope;
+    others[i] = r[i].others;
+  }
+  store(at_target,
+        gradient_at_target(load(x), load(lse), load(rest), load(slope), load(others), vf{}));
+  alignas(float) char narrow[kLanes * sizeof(float)];
+  kernels.from_float(at_target, rows, narrow);
+  for (int i = 0, end; i < rows; i = end) {
+    end = i + 1;
+    if (r[i].zero) {
+      memset(gradient_of(b, kernels, row + i), 0, size_t(a.cols * size));
+      continue;
+    }
+    while (end < rows && !r[end].zero) end++;
+    gradients(row_of(a, kernels, row + i), a.row_stride, gradient_of(b, kernels, row + i),
+              b.dinput_stride, a.cols, r + i, end - i);
+  }
+  for (int i = 0; i < rows; i++) {
+    if (r[i].target < 0) continue;
+    memcpy(gradient_of(b, kernels, row + i) + r[i].target * size, narrow + i * size, size_t(size));
+  }
+}
+
+// Classes begin to begin + n of a row.
+void gradient_of_chunk(const BackwardArgs& b, const RowKernels& kernels,
+                       decltype(RowKernels::gradients) gradients, int64_t row, int64_t begin,
+                       int64_t n, const Row& r) {
+  const int64_t size = kernels.element_size;
+  const char* x = row_of(b.call, kernels, row);
+  char* dx = gradient_of(b, kernels, row);
+  if (r.zero) {
+    memset(dx + begin * size, 0, size_t(n * size));
+  } else if (has_options(b.call)) {
+    gradient_with_options(b, kernels, dx, row, begin, n, r);
+  } else {
+    const bool has_target = r.target >= begin && r.target < begin + n;
+    float at_target = 0.f;
+    if (has_target) {  // before dx, which may be x, is written
+      at_target = gradient_at_target(kernels.element(x, r.target), r, 0.f);
+    }
+    gradients(x + begin * size, 0, dx + begin * size, 0, n, &r, 1);
+    if (has_target) kernels.from_float(&at_target, 1, dx + r.target * size);
+  }
 }
 
 void backward(const BackwardArgs& b) {
   const Call& a = b.call;
-  dispatch_float(a.dtype, [&](auto t) {
-    if (b.dinput != a.input) prefer_huge_pages(b.dinput, a.rows * a.cols * int64_t(sizeof t));
-    backward_as<decltype(t)>(b);
-  });
+  const RowKernels& kernels = row_kernels(a.dtype);
+  const int64_t size = kernels.element_size;
+  const int threads = threads_for(a.rows * a.cols);
+  if (b.dinput != a.input) prefer_huge_pages(b.dinput, a.rows * a.cols * size);
+  const auto gradients = use_stream(b, size) ? kernels.streamed_gradients : kernels.gradients;
+  const double common = a.probabilities ? 0.0 : sum_of_weights(a, 0);
+  auto prepared = [&](int64_t row) {
+    return row_to_differentiate(b, row, a.probabilities ? sum_of_weights(a, row) : common);
+  };
+  if (a.cols <= kBlock && !has_options(a)) {
+    for_each_group(a, threads, [&](int64_t row, int rows) {
+      Row r[kLanes];
+      for (int i = 0; i < rows; i++) r[i] = prepared(row + i);
+      gradients_of_short_rows(b, kernels, gradients, row, r, rows);
+    });
+  } else if (!shared_out_by_chunk(a, threads)) {
+    parallel_for(a.rows, threads, [&](int64_t row) {
+      gradient_of_chunk(b, kernels, gradients, row, 0, a.cols, prepared(row));
+    });
+  } else {
+    const Scratch scratch(1, a.rows * int64_t(sizeof(Row) / sizeof(float)));
+    Row* rows = reinterpret_cast<Row*>(scratch[0]);
+    for (int64_t row = 0; row < a.rows; row++) rows[row] = prepared(row);
+    for_each_chunk(a, threads, [&](int64_t row, int64_t, int64_t begin, int64_t n) {
+      gradient_of_chunk(b, kernels, gradients, row, begin, n, rows[row]);
+    });
+  }
 }
 
 }  // namespace

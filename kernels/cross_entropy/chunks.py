@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.cross_entropy.rows import Options, row_losses, select_backend
+from kernels.dispatch import Operators
 
 LOGITS_BYTES = 32 << 20  # of a chunk: smaller ones slow the matmuls down, larger ones gain nothing
 LEAST_ROWS = 128  # with fewer the matmuls wait for memory
@@ -137,6 +139,12 @@ def forward(
     problem: Problem, dlosses: Tensor | None, mask: tuple[bool, ...]
 ) -> tuple[Losses, Gradients]:
     """Losses of all rows and, where `dlosses` (expanded to [N]) is given, the gradients."""
+    fused = _without_logits(problem)
+    if fused is not None:
+        whole = Losses(*fused.forward(problem))
+        if dlosses is None:
+            return whole, Gradients(None, None, None)
+        return whole, Gradients(*fused.backward(problem, dlosses, None, whole.lse, mask))
     sums = GradientSums(problem, mask if dlosses is not None else (False, False, False))
     parts: list[Losses] = []
     for chunk, logits in logits_of_chunks(problem):
@@ -162,6 +170,9 @@ def backward(
     problem: Problem, dlosses: Tensor, dlse: Tensor | None, lse: Tensor, mask: tuple[bool, ...]
 ) -> Gradients:
     """The gradients, from logits computed once more."""
+    fused = _without_logits(problem)
+    if fused is not None:
+        return Gradients(*fused.backward(problem, dlosses, dlse, lse, mask))
     sums = GradientSums(problem, mask)
     for chunk, logits in logits_of_chunks(problem):
         backend, arguments = _ask(problem, chunk, logits)
@@ -169,6 +180,17 @@ def backward(
         kept = lse[:, chunk].contiguous()
         sums.add(chunk, _dlogits(backend, dlosses[chunk], part, arguments, kept))
     return sums.result()
+
+
+def _without_logits(problem: Problem) -> Any:
+    """The kernels that need no logits in memory, where the backend that runs has them."""
+    logits = problem.input.new_empty(0, problem.linear_weight.shape[0])
+    backend = select_backend(logits, problem.target[:0], problem.weight, problem.options)
+    if isinstance(backend, Operators) or backend is not dispatch.load("cross_entropy", "triton"):
+        return None
+    from kernels.cross_entropy import triton_linear
+
+    return triton_linear if triton_linear.unsupported(problem) is None else None
 
 
 def _ask(problem: Problem, chunk: slice, logits: Tensor) -> tuple[Any, tuple[Any, ...]]:
@@ -213,14 +235,17 @@ class LinearFunction(torch.autograd.Function):
         summed: bool,
     ) -> tuple[Tensor | None, ...]:
         problem = Problem(input, linear_weight, linear_bias, target, weight, options, chunk_rows)
-        scale = torch.where(total == 0, 0, 1 / total) if summed else torch.ones_like(total)
-        # float16 holds no gradients of 1 / N: there the scale waits for the gradient's.
-        early = input.dtype != torch.float16
-        dlosses = (scale if early else torch.ones_like(scale)).expand(input.shape[0])
+        scale = 1 / total if summed else torch.ones_like(total)
+        # float16 holds no gradients of 1 / N: there the scale waits for the gradient's.  But 1 / 0,
+        # where nothing counts, must not reach the rows that are ignored.
+        late = torch.ones_like(scale)
+        if input.dtype == torch.float16:
+            late = torch.where(total == 0, late, scale)
+        dlosses = (scale / late).expand(input.shape[0])
         mask = ctx.needs_input_grad[:3]
         rows, gradients = forward(problem, dlosses if summed else None, mask)
-        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, scale)
-        ctx.rest = options, chunk_rows, rows.lse, early
+        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, scale, late)
+        ctx.rest = options, chunk_rows, rows.lse
         ctx.gradients = gradients if summed else None
         ctx.set_materialize_grads(False)
         log_prob, best = (rows.log_prob, rows.best) if options.stats else (None, None)
@@ -232,8 +257,8 @@ class LinearFunction(torch.autograd.Function):
     def backward(
         ctx: Any, dloss: Tensor | None, dlse: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        x, linear_weight, linear_bias, target, weight, scale = ctx.saved_tensors
-        options, chunk_rows, lse, early = ctx.rest
+        x, linear_weight, linear_bias, target, weight, scale, late = ctx.saved_tensors
+        options, chunk_rows, lse = ctx.rest
         problem = Problem(x, linear_weight, linear_bias, target, weight, options, chunk_rows)
         dloss = torch.zeros_like(scale) if dloss is None else dloss
         dlosses = (dloss * scale).expand(problem.input.shape[0])
@@ -243,7 +268,7 @@ class LinearFunction(torch.autograd.Function):
         elif ctx.gradients is None or dlse is not None:
             gradients = backward(problem, dlosses, dlse, lse, mask)
         else:
-            gradients = _scaled(ctx, dloss if early else dloss * scale)
+            gradients = _scaled(ctx, dloss * late)
         return (*gradients, None, None, None, None, None, None)
 
 

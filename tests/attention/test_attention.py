@@ -118,6 +118,11 @@ WINDOWS = [
 LENGTHS = [(1, 1, 40, 40, 16), (1, 2, 70, 150, 16), (1, 1, 150, 70, 16)]
 
 
+def test_a_scale_that_is_not_positive_hides_what_is_hidden(implementation):
+    for scale in (0.0, -1.5):
+        check(attention, tensors((1, 2, 70, 70, 16)), is_causal=True, scale=scale)
+
+
 @pytest.mark.parametrize("shape", LENGTHS, ids=str)
 @pytest.mark.parametrize("keywords", WINDOWS, ids=str)
 def test_windows_and_global_tokens(implementation, keywords, shape):
