@@ -162,10 +162,12 @@ struct Row {
 };
 
 // dx at the target's class, whose logit is x, where a probability near 1 cancels against `on` and
-// k.
+// k, and a small one, of a target that counts for little, must not drown in 1 - `on`.
 SIMD_INLINE float gradient_at_target(float x, const Row& r, float k) {
   const Gradient g = r.gradient;
-  return (exp_minus_1((set1(x) - g.lse) - g.rest) * g.slope + ((g.slope - r.on) - k))[0];
+  const vf log_probability = (set1(x) - g.lse) - g.rest;
+  if (log_probability[0] < -1.f) return (exp(log_probability) * g.slope - k - r.on)[0];
+  return (exp_minus_1(log_probability) * g.slope + ((g.slope - r.on) - k))[0];
 }
 
 // ---- a row of any dtype ----
