@@ -31,6 +31,17 @@ bool shared_out_by_chunk(const Call& a, int threads) {
   return threads > 1 && a.rows < kRowsPerThread * threads && a.cols > kChunk;
 }
 
+// f(first row, rows) for groups of rows, at most kLanes each; few rows keep every thread busy in
+// small groups.
+template <class F>
+void for_each_group(const Call& a, int threads, F f) {
+  const int64_t size = a.rows >= 4 * kLanes * threads ? kLanes : kRowsInFlight;
+  parallel_for((a.rows + size - 1) / size, threads, [&](int64_t group) {
+    const int64_t row = group * size, rest = a.rows - row;
+    f(row, int(rest < size ? rest : size));
+  });
+}
+
 float weight_of(const Call& a, int64_t target) { return a.weight ? a.weight[target] : 1.f; }
 
 // ---- forward ----
@@ -102,19 +113,16 @@ void finish_short_rows(const ForwardArgs& f, const RowKernels& kernels, int64_t 
 
 void forward_short_rows(const ForwardArgs& f, const RowKernels& kernels, int threads) {
   const Call& a = f.call;
-  // Few rows keep every thread busy in small groups; each row's result is the same.
-  const int64_t size = a.rows >= 4 * kLanes * threads ? kLanes : kRowsInFlight;
-  parallel_for((a.rows + size - 1) / size, threads, [&](int64_t group) {
+  for_each_group(a, threads, [&](int64_t row, int rows) {
     float maxima[kLanes + kRowsInFlight], sums[kLanes + kRowsInFlight];
-    const int64_t row = group * size, rows = a.rows - row < size ? a.rows - row : size;
-    int64_t r = 0;
+    int r = 0;
     for (; r + kRowsInFlight <= rows; r += kRowsInFlight) {
       kernels.short_rows(row_of(a, kernels, row + r), a.row_stride, a.cols, maxima + r, sums + r);
     }
     for (; r < rows; r++) {  // one row in all places
       kernels.short_rows(row_of(a, kernels, row + r), 0, a.cols, maxima + r, sums + r);
     }
-    finish_short_rows(f, kernels, row, int(rows), maxima, sums);
+    finish_short_rows(f, kernels, row, rows, maxima, sums);
   });
 }
 
@@ -176,16 +184,16 @@ Row row_to_differentiate(const BackwardArgs& b, int64_t row, double weights) {
   const Call& a = b.call;
   const float lse = b.lse[row], rest = b.lse[a.rows + row];
   const float g = b.dlosses[row * b.dlosses_stride], dlse = b.dlse ? b.dlse[row] : 0.f;
-  float on = 0.f;
+  double on = 0;
   int64_t target = -1;
   if (a.target) {
     target = a.target[row];
-    if (target == a.ignore_index) return {{lse, rest, dlse}, 0.f, 0.f, -1, b.dlse == nullptr};
-    if (target < 0 || target >= a.cols) return {{NAN, NAN, NAN}, NAN, 0.f, -1, false};
-    on = float((1.0 - double(a.label_smoothing)) * weight_of(a, target));
+    if (target == a.ignore_index) return {lse, rest, dlse, 0.f, dlse, -1, b.dlse == nullptr};
+    if (target < 0 || target >= a.cols) return {NAN, NAN, NAN, NAN, NAN, -1, false};
+    on = (1.0 - double(a.label_smoothing)) * double(weight_of(a, target));
   }
-  const float slope = float(weights + double(on) + 2.0 * double(a.z_loss) * lse);
-  return {{lse, rest, g * slope + dlse}, g, g * on, target, false};
+  const double others = weights + 2.0 * double(a.z_loss) * double(lse);
+  return {lse, rest, g * float(others + on) + dlse, g, g * float(others) + dlse, target, false};
 }
 
 // Past the caches, where the gradient is too large to stay in them.
@@ -197,45 +205,95 @@ bool use_stream(const BackwardArgs& b, int64_t element_size) {
          row_bytes >= kFromRowBytes && uintptr_t(b.dinput) % 64 == 0 && row_bytes % 64 == 0;
 }
 
+char* gradient_of(const BackwardArgs& b, const RowKernels& kernels, int64_t row) {
+  return static_cast<char*>(b.dinput) + row * b.dinput_stride * kernels.element_size;
+}
+
+// Up to kLanes rows of at most kBlock classes without options, of which r[0] is number `row`.
+void gradients_of_short_rows(const BackwardArgs& b, const RowKernels& kernels,
+                             decltype(RowKernels::gradients) gradients, int64_t row, const Row* r,
+                             int rows) {
+  const Call& a = b.call;
+  const int64_t size = kernels.element_size;
+  float x[kLanes], lse[kLanes], rest[kLanes], slope[kLanes], others[kLanes], at_target[kLanes];
+  for (int i = 0; i < rows; i++) {  // before dx, which may be x, is written
+    x[i] = r[i].target < 0 ? 0.f : kernels.element(row_of(a, kernels, row + i), r[i].target);
+    lse[i] = r[i].lse;
+    rest[i] = r[i].rest;
+    slope[i] = r[i].slope;
+    others[i] = r[i].others;
+  }
+  store(at_target,
+        gradient_at_target(load(x), load(lse), load(rest), load(slope), load(others), vf{}));
+  alignas(float) char narrow[kLanes * sizeof(float)];
+  kernels.from_float(at_target, rows, narrow);
+  for (int i = 0, end; i < rows; i = end) {
+    end = i + 1;
+    if (r[i].zero) {
+      memset(gradient_of(b, kernels, row + i), 0, size_t(a.cols * size));
+      continue;
+    }
+    while (end < rows && !r[end].zero) end++;
+    gradients(row_of(a, kernels, row + i), a.row_stride, gradient_of(b, kernels, row + i),
+              b.dinput_stride, a.cols, r + i, end - i);
+  }
+  for (int i = 0; i < rows; i++) {
+    if (r[i].target < 0) continue;
+    memcpy(gradient_of(b, kernels, row + i) + r[i].target * size, narrow + i * size, size_t(size));
+  }
+}
+
+// Classes begin to begin + n of a row.
+void gradient_of_chunk(const BackwardArgs& b, const RowKernels& kernels,
+                       decltype(RowKernels::gradients) gradients, int64_t row, int64_t begin,
+                       int64_t n, const Row& r) {
+  const int64_t size = kernels.element_size;
+  const char* x = row_of(b.call, kernels, row);
+  char* dx = gradient_of(b, kernels, row);
+  if (r.zero) {
+    memset(dx + begin * size, 0, size_t(n * size));
+  } else if (has_options(b.call)) {
+    gradient_with_options(b, kernels, dx, row, begin, n, r);
+  } else {
+    const bool has_target = r.target >= begin && r.target < begin + n;
+    float at_target = 0.f;
+    if (has_target) {  // before dx, which may be x, is written
+      at_target = gradient_at_target(kernels.element(x, r.target), r, 0.f);
+    }
+    gradients(x + begin * size, 0, dx + begin * size, 0, n, &r, 1);
+    if (has_target) kernels.from_float(&at_target, 1, dx + r.target * size);
+  }
+}
+
 void backward(const BackwardArgs& b) {
   const Call& a = b.call;
   const RowKernels& kernels = row_kernels(a.dtype);
   const int64_t size = kernels.element_size;
   const int threads = threads_for(a.rows * a.cols);
-  const bool options = has_options(a);
   if (b.dinput != a.input) prefer_huge_pages(b.dinput, a.rows * a.cols * size);
-  const auto plain = use_stream(b, size) ? kernels.streamed_gradient : kernels.gradient;
+  const auto gradients = use_stream(b, size) ? kernels.streamed_gradients : kernels.gradients;
   const double common = a.probabilities ? 0.0 : sum_of_weights(a, 0);
   auto prepared = [&](int64_t row) {
     return row_to_differentiate(b, row, a.probabilities ? sum_of_weights(a, row) : common);
   };
-  auto chunk = [&](int64_t row, int64_t begin, int64_t n, const Row& r) {
-    const char* x = row_of(a, kernels, row);
-    char* dx = static_cast<char*>(b.dinput) + row * b.dinput_stride * size;
-    if (r.zero) {
-      memset(dx + begin * size, 0, size_t(n * size));
-    } else if (options) {
-      gradient_with_options(b, kernels, dx, row, begin, n, r);
-    } else {
-      const bool has_target = r.target >= begin && r.target < begin + n;
-      float at_target = 0.f;
-      if (has_target) {  // before dx, which may be x, is written
-        at_target = gradient_at_target(kernels.element(x, r.target), r, 0.f);
-      }
-      plain(x + begin * size, dx + begin * size, n, r.gradient);
-      if (has_target) kernels.from_float(&at_target, 1, dx + r.target * size);
-    }
-  };
-  if (!shared_out_by_chunk(a, threads)) {
-    parallel_for(a.rows, threads, [&](int64_t row) { chunk(row, 0, a.cols, prepared(row)); });
-    return;
+  if (a.cols <= kBlock && !has_options(a)) {
+    for_each_group(a, threads, [&](int64_t row, int rows) {
+      Row r[kLanes];
+      for (int i = 0; i < rows; i++) r[i] = prepared(row + i);
+      gradients_of_short_rows(b, kernels, gradients, row, r, rows);
+    });
+  } else if (!shared_out_by_chunk(a, threads)) {
+    parallel_for(a.rows, threads, [&](int64_t row) {
+      gradient_of_chunk(b, kernels, gradients, row, 0, a.cols, prepared(row));
+    });
+  } else {
+    const Scratch scratch(1, a.rows * int64_t(sizeof(Row) / sizeof(float)));
+    Row* rows = reinterpret_cast<Row*>(scratch[0]);
+    for (int64_t row = 0; row < a.rows; row++) rows[row] = prepared(row);
+    for_each_chunk(a, threads, [&](int64_t row, int64_t, int64_t begin, int64_t n) {
+      gradient_of_chunk(b, kernels, gradients, row, begin, n, rows[row]);
+    });
   }
-  const Scratch scratch(1, a.rows * int64_t(sizeof(Row) / sizeof(float)));
-  Row* rows = reinterpret_cast<Row*>(scratch[0]);
-  for (int64_t row = 0; row < a.rows; row++) rows[row] = prepared(row);
-  for_each_chunk(a, threads, [&](int64_t row, int64_t, int64_t begin, int64_t n) {
-    chunk(row, begin, n, rows[row]);
-  });
 }
 
 }  // namespace

@@ -135,39 +135,45 @@ void short_rows(const void* rows, int64_t stride, int64_t n, float* maxima, floa
 
 // ---- backward ----
 
-// dx_c = slope * exp(x_c - lse), less `on` at the target's class.
-struct Gradient {
+// dx_c = slope * exp(x_c - lse) - scale * k_c, less `on` at the target's class: what is the same
+// for all classes of a row.
+struct Row {
   float lse, rest;  // the two parts of lse
   float slope;
-};
-
-template <bool Stream, class T>
-void row_gradient(const void* row, void* gradient, int64_t n, Gradient g) {
-  const T* x = static_cast<const T*>(row);
-  T* dx = static_cast<T*>(gradient);
-  for_each_vector(n, [&](int64_t i, auto lanes, int) {
-    const vf v = load(x + i, lanes);
-    write<Stream>(dx + i, exp((v - g.lse) - g.rest) * g.slope, lanes);
-  });
-  if constexpr (Stream) stream_fence();  // before anything is written over
-}
-
-// What is the same for all classes of a row.
-struct Row {
-  Gradient gradient;
-  float scale;     // dlosses: what k_c is times
-  float on;        // what the target's class has besides
+  float scale;     // dlosses
+  float others;    // slope, less what the target's class has besides
   int64_t target;  // -1 where there is none
   bool zero;       // ignored, and no gradient of lse
 };
 
-// dx at the target's class, whose logit is x, where a probability near 1 cancels against `on` and
-// k, and a small one, of a target that counts for little, must not drown in 1 - `on`.
+// Gradients of `count` rows, described by `r`, of n classes; the strides are those of the rows.
+template <bool Stream, class T>
+void row_gradients(const void* rows, int64_t stride, void* gradients, int64_t gradient_stride,
+                   int64_t n, const Row* r, int64_t count) {
+  const T* x = static_cast<const T*>(rows);
+  T* dx = static_cast<T*>(gradients);
+  for (const Row* end = r + count; r < end; r++, x += stride, dx += gradient_stride) {
+    const float lse = r->lse, rest = r->rest, slope = r->slope;
+    for_each_vector(n, [&](int64_t i, auto lanes, int) {
+      const vf v = load(x + i, lanes);
+      write<Stream>(dx + i, exp((v - lse) - rest) * slope, lanes);
+    });
+  }
+  if constexpr (Stream) stream_fence();  // before anything is written over
+}
+
+// The same at the target's class, where a probability near 1 cancels against the rest, and a small
+// one, of a target that counts for little, would drown in `others`; k is scale * k_c.  Every
+// argument may be of a row a lane.
+SIMD_INLINE vf gradient_at_target(vf x, vf lse, vf rest, vf slope, vf others, vf k) {
+  const vf log_probability = (x - lse) - rest;
+  const vf near = exp_minus_1(log_probability) * slope + (others - k);
+  const vf far = (exp(log_probability) * slope - k) - (slope - others);
+  return log_probability < -1.f ? far : near;
+}
 SIMD_INLINE float gradient_at_target(float x, const Row& r, float k) {
-  const Gradient g = r.gradient;
-  const vf log_probability = (set1(x) - g.lse) - g.rest;
-  if (log_probability[0] < -1.f) return (exp(log_probability) * g.slope - k - r.on)[0];
-  return (exp_minus_1(log_probability) * g.slope + ((g.slope - r.on) - k))[0];
+  return gradient_at_target(set1(x), set1(r.lse), set1(r.rest), set1(r.slope), set1(r.others),
+                            set1(k))[0];
 }
 
 // ---- a row of any dtype ----
@@ -196,8 +202,7 @@ struct RowKernels {
   int64_t element_size;
   Partial (*partial)(const void* row, int64_t n);
   void (*short_rows)(const void* rows, int64_t stride, int64_t n, float* maxima, float* sums);
-  void (*gradient)(const void* row, void* gradient, int64_t n, Gradient g);
-  void (*streamed_gradient)(const void* row, void* gradient, int64_t n, Gradient g);
+  decltype(&row_gradients<false, float>) gradients, streamed_gradients;
   float (*element)(const void* row, int64_t i);
   void (*to_float)(const void* row, int64_t n, float* out);
   void (*from_float)(const float* x, int64_t n, void* row);
@@ -207,8 +212,8 @@ template <class T>
 constexpr RowKernels kRowKernels = {sizeof(T),
                                     row_partial<T>,
                                     short_rows<T>,
-                                    row_gradient<false, T>,
-                                    row_gradient<true, T>,
+                                    row_gradients<false, T>,
+                                    row_gradients<true, T>,
                                     row_element<T>,
                                     row_to_float<T>,
                                     row_from_float<T>};

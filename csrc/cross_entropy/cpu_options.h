@@ -83,19 +83,31 @@ inline ClassWeights class_weights(const Call& a, int64_t row, int64_t begin, int
 
 // ---- forward ----
 
-// Adds what k_c and x'_c of a block come to; exponents are in `p` already.
-inline void add_weighted(Partial& p, const float* x, ClassWeights k, int64_t n) {
-  if (!k.each && k.all == 0.f) return;  // 0 times an infinite logit would be NaN
-  const float reference = reference_of(p.top);
-  Accumulator weights, weighted;
-  for_each_vector(n, [&](int64_t i, auto lanes, int u) {
-    const vf k_c = k.each ? load(k.each + i, lanes) : zero_past(set1(k.all), lanes);
-    weights.slot[u] += k_c;
-    weighted.slot[u] += zero_past(k_c * (load(x + i, lanes) - reference), lanes);
-  });
-  const double sum = double(Accumulator::total(weights));
-  p.weights += sum;
-  p.weighted += double(Accumulator::total(weighted)) + sum * double(reference);
+constexpr int64_t kTerms = 256;  // floats added up before a double takes over
+
+// The sums of k_c, and of k_c x'_c, over a block.
+struct Weighted {
+  double weights, weighted;
+};
+
+// x may be null: then only the weights are summed.
+inline Weighted sum_weighted(const float* x, float reference, ClassWeights k, int64_t n) {
+  double weights = 0, weighted = 0;  // of k_c and of k_c (x_c - reference)
+  for (int64_t b = 0; b < n; b += kTerms) {
+    Accumulator k_sum, product_sum;
+    for_each_vector(n - b < kTerms ? n - b : kTerms, [&](int64_t i, auto lanes, int u) {
+      const vf k_c = k.each ? load(k.each + b + i, lanes) : set1(1.f);
+      if (k.each) k_sum.slot[u] += k_c;
+      if (x) product_sum.slot[u] += zero_past(k_c * (load(x + b + i, lanes) - reference), lanes);
+    });
+    weights += double(Accumulator::total(k_sum));
+    weighted += double(Accumulator::total(product_sum));
+  }
+  if (!k.each) {  // all are equal, and their sum would be off by what each addition rounds
+    weights = double(k.all) * double(n);
+    weighted *= double(k.all);
+  }
+  return {weights, weighted + weights * double(reference)};
 }
 
 // The sums of n classes of a row from `begin` on.
@@ -107,7 +119,11 @@ inline Partial partial_with_options(const Call& a, const RowKernels& kernels, in
     const int64_t rest = begin + n - b, length = rest < kBlock ? rest : kBlock;
     const float* x = logits(a, kernels, row_of(a, kernels, row), b, length, x_buffer);
     add_block(p, x, length);
-    add_weighted(p, x, class_weights(a, row, b, length, 1.f, k_buffer), length);
+    const ClassWeights k = class_weights(a, row, b, length, 1.f, k_buffer);
+    if (!k.each && k.all == 0.f) continue;  // 0 times an infinite logit would be NaN
+    const Weighted sums = sum_weighted(x, reference_of(p.top), k, length);
+    p.weights += sums.weights;
+    p.weighted += sums.weighted;
   }
   return p;
 }
@@ -152,12 +168,7 @@ inline double sum_of_weights(const Call& a, int64_t row) {
   double total = 0;
   for (int64_t b = 0; b < a.cols; b += kBlock) {
     const int64_t n = a.cols - b < kBlock ? a.cols - b : kBlock;
-    const ClassWeights k = class_weights(a, row, b, n, 1.f, buffer);
-    Accumulator weights;
-    for_each_vector(n, [&](int64_t i, auto lanes, int u) {
-      weights.slot[u] += k.each ? load(k.each + i, lanes) : zero_past(set1(k.all), lanes);
-    });
-    total += double(Accumulator::total(weights));
+    total += sum_weighted(nullptr, 0.f, class_weights(a, row, b, n, 1.f, buffer), n).weights;
   }
   return total;
 }
@@ -181,10 +192,9 @@ inline void block_gradient(const Call& a, const float* x, int64_t n, int64_t beg
   if (has_target) {  // before d, which may be x, is written
     at_target = gradient_at_target(x[target], r, k.each ? k.each[target] : k.all);
   }
-  const Gradient g = r.gradient;
   for_each_vector(n, [&](int64_t i, auto lanes, int) {
     const vf k_c = k.each ? load(k.each + i, lanes) : set1(k.all);
-    store(d + i, exp((load(x + i, lanes) - g.lse) - g.rest) * g.slope - k_c, lanes);
+    store(d + i, exp((load(x + i, lanes) - r.lse) - r.rest) * r.slope - k_c, lanes);
   });
   if (has_target) d[target] = at_target;
   chain(a, x, n, d);

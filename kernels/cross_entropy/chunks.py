@@ -213,14 +213,17 @@ class LinearFunction(torch.autograd.Function):
         summed: bool,
     ) -> tuple[Tensor | None, ...]:
         problem = Problem(input, linear_weight, linear_bias, target, weight, options, chunk_rows)
-        scale = torch.where(total == 0, 0, 1 / total) if summed else torch.ones_like(total)
-        # float16 holds no gradients of 1 / N: there the scale waits for the gradient's.
-        early = input.dtype != torch.float16
-        dlosses = (scale if early else torch.ones_like(scale)).expand(input.shape[0])
+        scale = 1 / total if summed else torch.ones_like(total)
+        # float16 holds no gradients of 1 / N: there the scale waits for the gradient's.  But 1 / 0,
+        # where nothing counts, must not reach the rows that are ignored.
+        late = torch.ones_like(scale)
+        if input.dtype == torch.float16:
+            late = torch.where(total == 0, late, scale)
+        dlosses = (scale / late).expand(input.shape[0])
         mask = ctx.needs_input_grad[:3]
         rows, gradients = forward(problem, dlosses if summed else None, mask)
-        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, scale)
-        ctx.rest = options, chunk_rows, rows.lse, early
+        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, scale, late)
+        ctx.rest = options, chunk_rows, rows.lse
         ctx.gradients = gradients if summed else None
         ctx.set_materialize_grads(False)
         log_prob, best = (rows.log_prob, rows.best) if options.stats else (None, None)
@@ -232,8 +235,8 @@ class LinearFunction(torch.autograd.Function):
     def backward(
         ctx: Any, dloss: Tensor | None, dlse: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        x, linear_weight, linear_bias, target, weight, scale = ctx.saved_tensors
-        options, chunk_rows, lse, early = ctx.rest
+        x, linear_weight, linear_bias, target, weight, scale, late = ctx.saved_tensors
+        options, chunk_rows, lse = ctx.rest
         problem = Problem(x, linear_weight, linear_bias, target, weight, options, chunk_rows)
         dloss = torch.zeros_like(scale) if dloss is None else dloss
         dlosses = (dloss * scale).expand(problem.input.shape[0])
@@ -243,7 +246,7 @@ class LinearFunction(torch.autograd.Function):
         elif ctx.gradients is None or dlse is not None:
             gradients = backward(problem, dlosses, dlse, lse, mask)
         else:
-            gradients = _scaled(ctx, dloss if early else dloss * scale)
+            gradients = _scaled(ctx, dloss * late)
         return (*gradients, None, None, None, None, None, None)
 
 

@@ -102,6 +102,19 @@ def test_all_ignored_is_nan_without_gradient():
         assert not any(gradient.any() for gradient in gradients)
 
 
+def test_rows_of_no_weight_have_torchs_gradient():
+    """0 / 0, while ignored rows still receive 0."""
+    weight, target = torch.tensor([0.0, 1.0]), torch.tensor([0, -100, 0])
+    for dtype in DTYPES:
+        tensors = [torch.randn(3, 4), torch.randn(2, 4)]
+        loss, dx, dw = run(linear_cross_entropy, tensors, target, dtype, weight=weight)
+        want = run(stored, tensors, target, dtype, weight=weight)
+        assert loss.isnan()
+        assert dw.isnan().all()
+        assert torch.equal(dx.isnan(), want[1].isnan())
+        assert not dx[1].any()
+
+
 def test_derivatives():
     x, w, b = (
         torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((9, 4), (6, 4), (6,))
