@@ -32,8 +32,7 @@ TILES = {
         (2, 256, 0, 16, 32, 8, 1, 0),  # dk and dv alone take 64 registers; with 4 warps 128
         (4, 64, 0, 16, 32, 4, 1, 0),  # tf32x3 holds every operand twice in registers
         (4, 128, 0, 16, 32, 8, 1, 32),
-        (4, 256, 1, 16, 32, 8, 1, 16),
-        (4, 256, 0, 16, 16, 8, 1, 32),  # 32 keys spill 8 to 88 bytes
+        (4, 256, 0, 16, 16, 8, 1, 32),  # 32 keys spill 8 bytes and more
     ),
     "sm_86": (
         (2, 64, 1, 32, 128, 8, 2, 0),  # 64 queries spill 64 bytes
@@ -42,8 +41,8 @@ TILES = {
         (2, 256, 0, 16, 32, 8, 1, 0),  # dk and dv alone take 64 registers; with 4 warps 128
         (4, 64, 0, 16, 32, 4, 1, 0),  # tf32x3 holds every operand twice in registers
         (4, 128, 0, 16, 32, 8, 1, 32),
-        (4, 256, 1, 16, 32, 8, 1, 16),
-        (4, 256, 0, 16, 16, 8, 1, 32),  # 32 keys spill 8 to 88 bytes
+        (4, 256, 1, 16, 32, 8, 1, 32),
+        (4, 256, 0, 16, 16, 8, 1, 32),  # with features 32 keys spill 8 to 88 bytes
     ),
     "sm_90": (
         (2, 64, 1, 32, 128, 8, 2, 0),  # two warp groups of 64 keys; 64 queries spill 88 bytes
@@ -53,8 +52,8 @@ TILES = {
         (2, 256, 0, 16, 32, 8, 1, 0),  # dk and dv alone take 64 registers; with 4 warps 128
         (4, 64, 0, 32, 32, 4, 1, 0),  # tf32x3 holds every operand twice in registers
         (4, 128, 0, 16, 32, 8, 1, 32),
-        (4, 256, 1, 16, 32, 8, 1, 16),
-        (4, 256, 0, 16, 16, 8, 1, 32),  # 32 keys spill 8 to 88 bytes
+        (4, 256, 1, 16, 32, 8, 1, 32),
+        (4, 256, 0, 16, 16, 8, 1, 32),  # with features 32 keys spill 8 to 88 bytes
     ),
     "sm_100": (
         (2, 64, 1, 32, 128, 8, 2, 0),  # two warp groups of 64 keys; 64 queries spill 88 bytes
@@ -64,8 +63,8 @@ TILES = {
         (2, 256, 0, 16, 32, 8, 1, 0),  # dk and dv alone take 64 registers; with 4 warps 128
         (4, 64, 0, 32, 32, 4, 1, 0),  # tf32x3 holds every operand twice in registers
         (4, 128, 0, 16, 32, 8, 1, 32),
-        (4, 256, 1, 16, 32, 8, 1, 16),
-        (4, 256, 0, 16, 16, 8, 1, 32),  # 32 keys spill 8 to 88 bytes
+        (4, 256, 1, 16, 32, 8, 1, 32),
+        (4, 256, 0, 16, 16, 8, 1, 32),  # with features 32 keys spill 8 to 88 bytes
     ),
     "gfx942": (
         (2, 64, 1, 64, 64, 4, 1, 0),
@@ -77,7 +76,7 @@ TILES = {
     ),
     "interpreter": (
         (4, 16, 0, 32, 32, 4, 1, 0),  # few positions walk through every loop
-        (4, 256, 0, 32, 32, 4, 1, 16),
+        (4, 256, 0, 32, 16, 4, 1, 16),
     ),
 }
 

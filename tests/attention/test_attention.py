@@ -302,6 +302,17 @@ def test_large_scores(implementation, dtype):
     )
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_so_large_that_neighbouring_floats_are_thousands_apart(implementation, causal):
+    query, key, value, _, _ = tensors((1, 2, 40, 90, 16))
+    leaves = [x.requires_grad_() for x in (query * 1e11, key, value)]
+    out, _ = attention(*leaves, is_causal=causal)
+    want, _ = oracle.attention(*(x.detach().double() for x in leaves), is_causal=causal)
+    torch.testing.assert_close(out.double(), want)  # each query's largest key's value
+    for gradient in torch.autograd.grad(out.sum(), leaves):
+        assert torch.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_query_that_is_not_finite_leaves_the_others_alone(implementation, value):
     query, key, values, _, _ = tensors((1, 2, 70, 70, 16))

@@ -32,7 +32,7 @@ PLAIN = [
     Call(130, 130, causal=True, heads_last=True, batch=2),
     Call(70, 150, causal=True, lower_right=True),
     Call(150, 70, causal=True, lower_right=True),
-    Call(150, 150, window=(30, 30)),  # the last key of a block is just not seen
+    Call(150, 150, window=(94, 30)),  # the last key of a block is just not seen
     Call(150, 150, causal=True, window=(64, -1)),
     Call(5, 0),
 ]

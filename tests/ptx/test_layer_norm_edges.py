@@ -148,12 +148,14 @@ def check_whole_sums(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cuda_sums_any_number_of_rows(dtype):
-    """A block has 256 columns, each of its eight warps takes two rows at a time; from 65 rows on
-    there are several partial sums to add."""
+    """A block has 256 columns, which may end at each of a thread's; each of its eight warps takes
+    two rows at a time; from 65 rows on there are several partial sums to add."""
     arch = CUDA_ARCHS[dtype]
     for turn, rows in enumerate((*range(1, 35), 65, 130, 200)):
         for cols in (248, 264, 519):
             check_whole_sums("cuda", arch, rows, cols, [dtype, *mixed(turn)], 2)
+    for turn, cols in enumerate((*range(31, 256, 32), *range(20, 256, 32))):
+        check_whole_sums("cuda", arch, 9, cols, [dtype, *mixed(turn)], 2)
 
 
 def mixed(turn: int) -> tuple[torch.dtype, torch.dtype]:
