@@ -122,20 +122,23 @@ def test_short_rows_move_few_bytes(dtype, rows):
     ("classes", "dtype", "arch"), [(69, torch.float32, "sm_80"), (1042, torch.bfloat16, "sm_80")]
 )
 def test_wrong_targets_ignored_rows_and_infinities(classes, dtype, arch):
-    logits = make_logits(10, classes, dtype)
+    logits = make_logits(12, classes, dtype)
     logits[4, 5] = torch.nan
     logits[6, :-1] = -torch.inf
     logits[7, 4] = torch.inf
     logits[8] = -torch.inf
     logits[9, ::2] = -torch.inf
-    target = torch.tensor([classes, 1, -1, 2**40, -100, 0, classes - 1, 4, 6, 1])
+    logits[10:] = -1.0
+    logits[10, 5], logits[10, 9] = -0.0, 0.0  # equal: the first is the best
+    logits[11, 5], logits[11, 9] = 0.0, 0.5
+    target = torch.tensor([classes, 1, -1, 2**40, -100, 0, classes - 1, 4, 6, 1, 0, 0])
     arguments = PLAIN.arguments(target, None)
     with ptx.run(arch, multiprocessors=1):
         losses, lse, log_prob, best = backend.forward(logits, *arguments)
         dinput, _ = backend.backward(
-            torch.ones(10), None, logits, *arguments, lse, (True, False), False
+            torch.ones(12), None, logits, *arguments, lse, (True, False), False
         )
-    wrong = torch.tensor([True, False, True, True] + 6 * [False])
+    wrong = torch.tensor([True, False, True, True] + 8 * [False])
     assert losses[wrong].isnan().all()
     assert log_prob[wrong].isnan().all()
     assert dinput[wrong].isnan().all()
