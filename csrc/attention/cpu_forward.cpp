@@ -86,15 +86,15 @@ SIMD_INLINE void softmax_column(const Rectangle& r, const Pattern& p, const Tile
   const vf correction = exp_nonpositive(old - finite);
   vf sum0{}, sum1{};
   for (j = 0; j + 2 <= r.keys; j += 2) {
-    const vf p0 = exp_nonpositive(score(j) * factor - finite);
-    const vf p1 = exp_nonpositive(score(j + 1) * factor - finite);
+    const vf p0 = exp_nonpositive(rounded_product(score(j), factor) - finite);
+    const vf p1 = exp_nonpositive(rounded_product(score(j + 1), factor) - finite);
     sum0 += p0;
     sum1 += p1;
     store(s + j * kQueries, p0);
     store(s + (j + 1) * kQueries, p1);
   }
   if (j < r.keys) {
-    const vf p0 = exp_nonpositive(score(j) * factor - finite);
+    const vf p0 = exp_nonpositive(rounded_product(score(j), factor) - finite);
     sum0 += p0;
     store(s + j * kQueries, p0);
   }

@@ -120,7 +120,8 @@ SIMD_INLINE void gradient_column(const Rectangle& r, const Pattern& p, const Til
 #pragma GCC unroll 2
   for (int j = 0; j < r.keys; j++) {
     const int at = j * kQueries + v * kLanes;
-    vf weight = exp_nonpositive(load(weights + at) * set1(score_scale) - lse);
+    const vf score = rounded_product(load(weights + at), set1(score_scale));
+    vf weight = exp_nonpositive(score - lse);
     if constexpr (kCut) weight = near_keys(p, r.key + j, position) ? weight : vf{};
     vf dweight = weight * set1(scale) * (load(dweights + at) - delta);
     if (slope) dweight *= load(slope + at);
