@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
             seconds = 0.05 if options.quick else options.seconds
             with_compile = not (options.quick or options.no_compile)
             _report_speed(spec, rows, seconds, with_compile)
+            if spec.report_more is not None and not options.quick:
+                spec.report_more()
     return 0 if exact else 1
 
 
@@ -233,7 +236,18 @@ def speed_columns(spec: Spec) -> tuple[str, ...]:
         ("GFLOP/s", "GEMM GFLOP/s", "of GEMM") if spec.flops else ("GB/s", "copy GB/s", "of copy")
     )
     timed = ("torch µs", "compile µs", "ours µs", "p20-p80", "torch/ours", "bar")
-    return ("case", "dtype", "direction", *timed, *limit)
+    beside_compile = ("compile/ours", "bar") if spec.compile_bars else ()
+    return ("case", "dtype", "direction", *timed, *beside_compile, *limit)
+
+
+def _ratio_and_bar(
+    theirs: _timing.Timing | None, ours: _timing.Timing, bar: float | None
+) -> tuple[str, str]:
+    if theirs is None:
+        return "-", "-"
+    ratio = theirs.median / ours.median
+    missed = "" if bar is None or ratio >= bar else "  MISSED"
+    return f"{ratio:.2f}", "-" if bar is None else f">= {bar:.2f}{missed}"
 
 
 def speed_row(
@@ -245,8 +259,10 @@ def speed_row(
 ) -> list[Any]:
     """One line of the speed table, in speed_columns."""
     ours = times["ours"]
-    ratio = times["torch"].median / ours.median
-    bar = spec.bars.get((case.name, dtype, direction))
+    key = case.name, dtype, direction
+    ratios = list(_ratio_and_bar(times["torch"], ours, spec.bars.get(key)))
+    if spec.compile_bars:
+        ratios += _ratio_and_bar(times.get("compile"), ours, spec.compile_bars.get(key))
     work, limit_work = _work(spec, case, dtype, direction)
     least, limit = work / ours.median / 1e9, limit_work / times["limit"].median / 1e9
     microseconds = functools.partial("{:.1f}".format)
@@ -258,8 +274,7 @@ def speed_row(
         microseconds(times["compile"].median * 1e6) if "compile" in times else "-",
         microseconds(ours.median * 1e6),
         f"{ours.p20 * 1e6:.1f}-{ours.p80 * 1e6:.1f}",
-        f"{ratio:.2f}",
-        "-" if bar is None else f">= {bar:.2f}{'' if ratio >= bar else '  MISSED'}",
+        *ratios,
         f"{least:.1f}",
         f"{limit:.1f}",
         f"{least / limit:.0%}",
@@ -274,7 +289,9 @@ def _report_speed(
         "taken in one process.\nOnly the ratios carry over to another run.  GB/s count the least "
         "bytes the op must move; `copy` is tensor.copy_() of the same size.\nGFLOP/s count the "
         f"operations it cannot avoid; `GEMM` is a product of {_GEMM}-row matrices.\n"
-        "Freed memory is kept (mallopt), so that neither side pays page faults."
+        "Freed memory is kept (mallopt), so that neither side pays page faults for blocks up to\n"
+        f"32 MiB; THP_MEM_ALLOC_ENABLE={os.environ.get('THP_MEM_ALLOC_ENABLE', '0')} "
+        "(PyTorch's switch for huge pages under larger ones)."
     )
     rows = []
     for case, dtype, direction in tqdm(asked, desc=f"timing {spec.op}", leave=False, disable=None):

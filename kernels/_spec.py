@@ -86,6 +86,10 @@ class Spec:
     yardstick: Callable[..., Tensor] | None = None
     # The least accepted ratio of PyTorch's time to ours on a CPU with two threads.
     bars: dict[tuple[str, torch.dtype, Direction], float] = field(default_factory=dict)
+    # The same for PyTorch's function under torch.compile.
+    compile_bars: dict[tuple[str, torch.dtype, Direction], float] = field(default_factory=dict)
+    # Measures and prints what the tables of errors and times cannot show.
+    report_more: Callable[[], None] | None = None
 
 
 def load(op: str) -> Spec:

@@ -35,13 +35,19 @@ class Usage(NamedTuple):
 
 def usages(op: str, target: str, folder: Path) -> list[Usage]:
     """Of every kernel of `op`; fails where one does not compile."""
-    text = folder / "kernels.ptx"
-    text.write_text(build.nvcc_ptx(build.op_sources()[op], f"sm_{TARGETS[target]}"))
+    ptx = build.nvcc_ptx(build.op_sources()[op], f"sm_{TARGETS[target]}")
+    return _parsed(assemble(ptx, target, folder)[1])
+
+
+def assemble(ptx: str, target: str, folder: Path) -> tuple[Path, str]:
+    """The machine code, and what ptxas says of it."""
+    text, cubin = folder / "kernels.ptx", folder / "kernels.cubin"
+    text.write_text(ptx)
     ptxas = Path(build.nvcc()).resolve().with_name("ptxas")
-    command = [ptxas, "-v", f"-arch=sm_{target}", text, "-o", folder / "kernels.cubin"]
+    command = [ptxas, "-v", f"-arch=sm_{target}", text, "-o", cubin]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return _parsed(result.stderr)
+    return cubin, result.stderr
 
 
 def _parsed(ptxas: str) -> list[Usage]:
@@ -53,7 +59,7 @@ def _parsed(ptxas: str) -> list[Usage]:
         assert head, entry
         assert memory, entry
         assert registers, entry
-        kernel = re.search(r"\d([a-z_]+_kernel)", head["name"])
+        kernel = re.search(r"\d([a-z]+(?:_[a-z]+\d*)*_kernel)", head["name"])
         assert kernel, head["name"]
         integers = tuple(int(n) for n in re.findall(r"Li(\d+)E", head["name"]))
         local = sum(int(n) for n in memory.groups())

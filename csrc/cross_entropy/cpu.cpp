@@ -46,16 +46,9 @@ float weight_of(const Call& a, int64_t target) { return a.weight ? a.weight[targ
 
 // ---- forward ----
 
-// The logit of a row's target, and what its loss counts: 0 where ignored.
-struct Target {
-  float x, weight;
-  bool counted;
-};
-
-Target target_of(const Call& a, const RowKernels& kernels, int64_t row) {
-  const int64_t target = a.target[row];
-  if (target == a.ignore_index) return {0.f, 0.f, false};
-  return {kernels.element(row_of(a, kernels, row), target), weight_of(a, target), true};
+// -1 where ignored.
+int64_t target_of(const Call& a, int64_t row) {
+  return a.target[row] == a.ignore_index ? -1 : a.target[row];
 }
 
 // Writes all that a row's sums give.
@@ -71,13 +64,14 @@ void finish_row(const ForwardArgs& f, const RowKernels& kernels, int64_t row, co
   float log_prob = 0.f;
   bool counted = true;
   if (a.target) {
-    const Target target = target_of(a, kernels, row);
-    counted = target.counted;
+    const int64_t target = target_of(a, row);
+    counted = target >= 0;
     if (counted) {
-      const double x = double(has_options(a) ? transformed(a, target.x) : target.x);
-      const double exact = (x - double(p.top)) - double(log_sum);
+      const float x = element(kernels, row_of(a, kernels, row), target);
+      const double y = double(has_options(a) ? transformed(a, x) : x);
+      const double exact = (y - double(p.top)) - double(log_sum);
       log_prob = float(exact);
-      loss -= (1.0 - double(a.label_smoothing)) * double(target.weight) * exact;
+      loss -= (1.0 - double(a.label_smoothing)) * double(weight_of(a, target)) * exact;
     }
   }
   if (a.z_loss != 0.f) loss += double(a.z_loss) * lse * lse;
@@ -90,14 +84,15 @@ void finish_row(const ForwardArgs& f, const RowKernels& kernels, int64_t row, co
 void finish_short_rows(const ForwardArgs& f, const RowKernels& kernels, int64_t row, int rows,
                        const float* maxima, const float* sums) {
   const Call& a = f.call;
+  int64_t target[kLanes];
   float x[kLanes], weight[kLanes];
   int32_t counted[kLanes] = {};
   for (int r = 0; r < rows; r++) {
-    const Target target = target_of(a, kernels, row + r);
-    x[r] = target.x;
-    weight[r] = target.weight;
-    counted[r] = -int32_t(target.counted);
+    target[r] = target_of(a, row + r);
+    counted[r] = target[r] < 0 ? 0 : -1;
+    weight[r] = target[r] < 0 ? 0.f : weight_of(a, target[r]);
   }
+  kernels.elements(row_of(a, kernels, row), a.row_stride, target, rows, x);
   const Tail lanes{rows};
   const vf top = load(maxima), log_sum = top == -INFINITY ? set1(NAN) : log(load(sums));
   const vf lse = top + log_sum, part = lse - top;
@@ -215,14 +210,17 @@ void gradients_of_short_rows(const BackwardArgs& b, const RowKernels& kernels,
                              int rows) {
   const Call& a = b.call;
   const int64_t size = kernels.element_size;
+  int64_t target[kLanes];
   float x[kLanes], lse[kLanes], rest[kLanes], slope[kLanes], others[kLanes], at_target[kLanes];
-  for (int i = 0; i < rows; i++) {  // before dx, which may be x, is written
-    x[i] = r[i].target < 0 ? 0.f : kernels.element(row_of(a, kernels, row + i), r[i].target);
+  for (int i = 0; i < rows; i++) {
+    target[i] = r[i].target;
     lse[i] = r[i].lse;
     rest[i] = r[i].rest;
     slope[i] = r[i].slope;
     others[i] = r[i].others;
   }
+  // Before dx, which may be x, is written.
+  kernels.elements(row_of(a, kernels, row), a.row_stride, target, rows, x);
   store(at_target,
         gradient_at_target(load(x), load(lse), load(rest), load(slope), load(others), vf{}));
   alignas(float) char narrow[kLanes * sizeof(float)];
@@ -258,7 +256,7 @@ void gradient_of_chunk(const BackwardArgs& b, const RowKernels& kernels,
     const bool has_target = r.target >= begin && r.target < begin + n;
     float at_target = 0.f;
     if (has_target) {  // before dx, which may be x, is written
-      at_target = gradient_at_target(kernels.element(x, r.target), r, 0.f);
+      at_target = gradient_at_target(element(kernels, x, r.target), r, 0.f);
     }
     gradients(x + begin * size, 0, dx + begin * size, 0, n, &r, 1);
     if (has_target) kernels.from_float(&at_target, 1, dx + r.target * size);

@@ -19,9 +19,47 @@ constexpr int64_t kBlock = 1024;
 constexpr float kSlack = 8.f;     // exp(8) * 2^20 classes is far from overflow
 constexpr int kRowsInFlight = 4;  // short rows that are done together
 
+// Two vectors' worth of elements, for work on each of them that does not care which is where: of
+// BFloat16 `even` has those of even numbers, as that takes one instruction a vector and no shuffle.
+struct Pair {
+  vf even, odd;
+};
+
 template <class T>
-SIMD_INLINE float load_one(const T* p) {
-  return load(p, Tail{1})[0];
+SIMD_INLINE Pair load_pair(const T* p) {
+  return {load(p), load(p + kLanes)};
+}
+SIMD_INLINE Pair load_pair(const BFloat16* p) {
+  vu u;
+  memcpy(&u, p, sizeof u);
+  return {(vf)(u << 16), (vf)(u & 0xffff0000u)};
+}
+
+template <bool Stream, class T>
+SIMD_INLINE void write_pair(T* p, Pair x) {
+  write<Stream>(p, x.even, Full{});
+  write<Stream>(p + kLanes, x.odd, Full{});
+}
+template <bool Stream>
+SIMD_INLINE void write_pair(BFloat16* p, Pair x) {  // rounds as narrow() does
+  const vu nan = vu{} + 0x7fc00000u, even = (vu)x.even, odd = (vu)x.odd;
+  const vu low = x.even == x.even ? even + 0x7fff + ((even >> 16) & 1) : nan;
+  const vu high = x.odd == x.odd ? odd + 0x7fff + ((odd >> 16) & 1) : nan;
+  const vf both = (vf)((low >> 16) | (high & 0xffff0000u));
+  write<Stream>(reinterpret_cast<float*>(p), both, Full{});
+}
+
+// f(vector, its lanes, slot) over x [n], in pairs while there are any.
+template <class T, class F>
+SIMD_INLINE void for_each_loaded(const T* x, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Pair v = load_pair(x + i);
+    f(v.even, Full{}, 0);
+    f(v.odd, Full{}, 1);
+  }
+  for (; i + kLanes <= n; i += kLanes) f(load(x + i), Full{}, 0);
+  if (i < n) f(load(x + i, Tail{int(n - i)}), Tail{int(n - i)}, 0);
 }
 
 SIMD_INLINE float exp_one(float x) { return exp(set1(x))[0]; }
@@ -52,9 +90,8 @@ template <class T>
 SIMD_INLINE float block_max(const T* x, int64_t n) {
   vf top[kUnroll];
   for (vf& v : top) v = set1(-INFINITY);
-  for_each_vector(n, [&](int64_t i, auto lanes, int u) {
-    top[u] = max(top[u], fill_past(load(x + i, lanes), lanes, -INFINITY));
-  });
+  for_each_loaded(
+      x, n, [&](vf v, auto lanes, int u) { top[u] = max(top[u], fill_past(v, lanes, -INFINITY)); });
   return max_lane(max(top[0], top[1]));
 }
 
@@ -64,12 +101,15 @@ SIMD_INLINE float sum_and_max(const T* x, int64_t n, float reference, float* lar
   vf top[kUnroll];
   for (vf& v : top) v = set1(-INFINITY);
   Accumulator sum;
-  for_each_vector(n, [&](int64_t i, auto lanes, int u) {
-    // The hardware stops at each page of 4 KiB.
-    if (sizeof(T) == sizeof(float) || u == 0) __builtin_prefetch(x + i + kBlock);
-    const vf v = fill_past(load(x + i, lanes), lanes, -INFINITY);
+  const char* ahead = reinterpret_cast<const char*>(x + kBlock);
+  for_each_loaded(x, n, [&](vf x_c, auto lanes, int u) {
+    if (sizeof(T) == sizeof(float) || u == 0) {  // the hardware stops at each page of 4 KiB
+      __builtin_prefetch(ahead);
+      ahead += 64;
+    }
+    const vf v = fill_past(x_c, lanes, -INFINITY);
     top[u] = max(top[u], v);
-    sum.slot[u] += exp(v - reference);
+    sum.slot[u] += exp_share(v - reference);
   });
   *largest = max_lane(max(top[0], top[1]));
   return Accumulator::total(sum);
@@ -100,6 +140,25 @@ Partial row_partial(const void* row, int64_t n) {
   return p;
 }
 
+// f(row, vector, its lanes, slot) over kRowsInFlight rows, `stride` apart, of x [n].
+template <class T, class F>
+SIMD_INLINE void for_each_loaded_of_rows(const T* x, int64_t stride, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowsInFlight; r++) {
+      const Pair v = load_pair(x + r * stride + i);
+      f(r, v.even, Full{}, 0);
+      f(r, v.odd, Full{}, 1);
+    }
+  }
+  for (; i < n; i += kLanes) {
+    const Tail lanes{int(n - i < kLanes ? n - i : kLanes)};
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowsInFlight; r++) f(r, load(x + r * stride + i, lanes), lanes, 0);
+  }
+}
+
 // The maximum and the sum of exp(x_c - maximum) of each of kRowsInFlight rows of at most kBlock
 // classes, `stride` elements apart: their chains of dependent operations overlap.
 template <class T>
@@ -108,12 +167,8 @@ void short_rows(const void* rows, int64_t stride, int64_t n, float* maxima, floa
   vf top[kRowsInFlight][kUnroll];
 #pragma GCC unroll 4
   for (auto& row : top) row[0] = row[1] = set1(-INFINITY);
-  for_each_vector(n, [&](int64_t i, auto lanes, int u) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRowsInFlight; r++) {
-      const vf v = fill_past(load(x + r * stride + i, lanes), lanes, -INFINITY);
-      top[r][u] = max(top[r][u], v);
-    }
+  for_each_loaded_of_rows(x, stride, n, [&](int r, vf v, auto lanes, int u) {
+    top[r][u] = max(top[r][u], fill_past(v, lanes, -INFINITY));
   });
   float reference[kRowsInFlight];
 #pragma GCC unroll 4
@@ -122,12 +177,8 @@ void short_rows(const void* rows, int64_t stride, int64_t n, float* maxima, floa
     reference[r] = reference_of(maxima[r]);
   }
   Accumulator sum[kRowsInFlight];
-  for_each_vector(n, [&](int64_t i, auto lanes, int u) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRowsInFlight; r++) {
-      const vf v = fill_past(load(x + r * stride + i, lanes), lanes, -INFINITY);
-      sum[r].slot[u] += exp(v - reference[r]);
-    }
+  for_each_loaded_of_rows(x, stride, n, [&](int r, vf v, auto lanes, int u) {
+    sum[r].slot[u] += exp_share(fill_past(v, lanes, -INFINITY) - reference[r]);
   });
 #pragma GCC unroll 4
   for (int r = 0; r < kRowsInFlight; r++) sums[r] = Accumulator::total(sum[r]);
@@ -154,10 +205,16 @@ void row_gradients(const void* rows, int64_t stride, void* gradients, int64_t gr
   T* dx = static_cast<T*>(gradients);
   for (const Row* end = r + count; r < end; r++, x += stride, dx += gradient_stride) {
     const float lse = r->lse, rest = r->rest, slope = r->slope;
-    for_each_vector(n, [&](int64_t i, auto lanes, int) {
-      const vf v = load(x + i, lanes);
-      write<Stream>(dx + i, exp((v - lse) - rest) * slope, lanes);
-    });
+    auto gradient = [&](vf v) { return exp_share((v - lse) - rest) * slope; };
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      const Pair v = load_pair(x + i);
+      write_pair<Stream>(dx + i, {gradient(v.even), gradient(v.odd)});
+    }
+    for (; i < n; i += kLanes) {
+      const Tail lanes{int(n - i < kLanes ? n - i : kLanes)};
+      store(dx + i, gradient(load(x + i, lanes)), lanes);
+    }
   }
   if constexpr (Stream) stream_fence();  // before anything is written over
 }
@@ -178,9 +235,17 @@ SIMD_INLINE float gradient_at_target(float x, const Row& r, float k) {
 
 // ---- a row of any dtype ----
 
+SIMD_INLINE float to_float(float x) { return x; }
 template <class T>
-float row_element(const void* row, int64_t i) {
-  return load_one(static_cast<const T*>(row) + i);
+SIMD_INLINE float to_float(T x) {
+  return widen(vu16{} + x.bits, T{})[0];
+}
+
+// out[r] = element at[r] of row r, 0 where at[r] is negative.
+template <class T>
+void elements(const void* rows, int64_t stride, const int64_t* at, int count, float* out) {
+  const T* x = static_cast<const T*>(rows);
+  for (int r = 0; r < count; r++) out[r] = at[r] < 0 ? 0.f : to_float(x[r * stride + at[r]]);
 }
 
 template <class T>
@@ -203,20 +268,21 @@ struct RowKernels {
   Partial (*partial)(const void* row, int64_t n);
   void (*short_rows)(const void* rows, int64_t stride, int64_t n, float* maxima, float* sums);
   decltype(&row_gradients<false, float>) gradients, streamed_gradients;
-  float (*element)(const void* row, int64_t i);
+  void (*elements)(const void* rows, int64_t stride, const int64_t* at, int count, float* out);
   void (*to_float)(const void* row, int64_t n, float* out);
   void (*from_float)(const float* x, int64_t n, void* row);
 };
 
 template <class T>
-constexpr RowKernels kRowKernels = {sizeof(T),
-                                    row_partial<T>,
-                                    short_rows<T>,
-                                    row_gradients<false, T>,
-                                    row_gradients<true, T>,
-                                    row_element<T>,
-                                    row_to_float<T>,
-                                    row_from_float<T>};
+constexpr RowKernels kRowKernels = {
+    sizeof(T),   row_partial<T>,  short_rows<T>,    row_gradients<false, T>, row_gradients<true, T>,
+    elements<T>, row_to_float<T>, row_from_float<T>};
+
+inline float element(const RowKernels& kernels, const void* row, int64_t at) {
+  float x;
+  kernels.elements(row, 0, &at, 1, &x);
+  return x;
+}
 
 inline const RowKernels& row_kernels(DType dtype) {
   const RowKernels* kernels = nullptr;

@@ -155,7 +155,7 @@ inline Largest row_largest(const RowKernels& kernels, const char* row, int64_t b
     combine(best, {sum(nan) > 0.f ? NAN : max_lane(top), b});
   }
   for (;; best.at++) {
-    const float v = kernels.element(row, best.at) * sign;
+    const float v = element(kernels, row, best.at) * sign;
     if (v == best.value || v != v) return best;
   }
 }

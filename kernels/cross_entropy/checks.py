@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.cross_entropy.eager import raise_where_out_of_range
+from kernels.dispatch import is_checked, is_readable
+
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -109,6 +112,12 @@ def check_target(
             f"{op}: target holds class indices: expected dtype int64 or uint8, got {target.dtype}"
         )
     return False
+
+
+def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """In checked mode: IndexError for the first of `target` [N] that is no class, on any device."""
+    if is_checked() and not target.is_floating_point() and is_readable(target):
+        raise_where_out_of_range(target, classes, ignore_index)
 
 
 def check_weight(op: str, weight: Any, classes: int, input: Tensor) -> None:

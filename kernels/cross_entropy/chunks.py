@@ -6,6 +6,7 @@ from the row kernels while they are in cache, and two more matmuls carry that gr
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.cross_entropy.rows import Options, row_losses, select_backend
+from kernels.dispatch import Operators
 
 LOGITS_BYTES = 32 << 20  # of a chunk: smaller ones slow the matmuls down, larger ones gain nothing
 LEAST_ROWS = 128  # with fewer the matmuls wait for memory
-CLASSES_PER_PART = 4096  # of a partial product that is widened and added up while it is in cache
+CLASSES_PER_PART = 4096  # of what is widened to float32, so that it stays in cache
 
 
 class Problem(NamedTuple):
@@ -49,6 +52,29 @@ class Gradients(NamedTuple):
     dlinear_bias: Tensor | None
 
 
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of a 16-bit dtype, as far as that is known."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+# Without such instructions PyTorch's matmul takes four times as long as in float32 (Xeon with
+# AVX-512 but no BF16, torch 2.13).  So there the products are float32's, some classes at a time.
+WIDENED = frozenset(x for x in (torch.bfloat16, torch.float16) if not _multiplies(x))
+
+
+def in_parts(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype in WIDENED
+
+
+def parts(classes: int) -> list[slice]:
+    size = CLASSES_PER_PART
+    return [slice(begin, min(begin + size, classes)) for begin in range(0, classes, size)]
+
+
 def slices(problem: Problem) -> list[slice]:
     """Equal chunks of rows, but for the last."""
     rows, classes = problem.input.shape[0], problem.linear_weight.shape[0]
@@ -69,7 +95,14 @@ def logits_of_chunks(problem: Problem) -> Iterator[tuple[slice, Tensor]]:
     buffer = x.new_empty(chunks[0].stop, matrix.shape[1])
     for chunk in chunks:
         logits = buffer[: chunk.stop - chunk.start]
-        if problem.linear_bias is None:
+        if in_parts(x):
+            rows = x[chunk].float()
+            for part in parts(matrix.shape[1]):
+                product = rows @ matrix[:, part].float()
+                if problem.linear_bias is not None:
+                    product += problem.linear_bias[part]
+                logits[:, part] = product
+        elif problem.linear_bias is None:
             torch.mm(x[chunk], matrix, out=logits)
         else:
             torch.addmm(problem.linear_bias, x[chunk], matrix, out=logits)
@@ -96,12 +129,38 @@ class GradientSums:
 
     def add(self, chunk: slice, dlogits: Tensor) -> None:
         x = self.problem.input[chunk]
+        if in_parts(x):
+            self._add_in_parts(chunk, dlogits)
+            return
         if self.dinput is not None:
             torch.mm(dlogits, self.problem.linear_weight, out=self.dinput[chunk])
         if self.sums is not None:
             self._add_product(dlogits.t(), x, first=chunk.start == 0)
+        self._add_bias(dlogits)
+
+    def _add_bias(self, dlogits: Tensor) -> None:
         if self.dbias is not None:
             self.dbias += dlogits.sum(0, dtype=self.wide)
+
+    def _add_in_parts(self, chunk: slice, dlogits: Tensor) -> None:
+        x = self.problem.input[chunk].float()
+        dx = torch.zeros_like(x)
+        for part in parts(dlogits.shape[1]):
+            wide = dlogits[:, part].float()
+            if self.dinput is not None:
+                dx.addmm_(wide, self.problem.linear_weight[part].float())
+            if self.sums is None:
+                continue
+            sums = self.sums[part]
+            if chunk.start:
+                sums.addmm_(wide.t(), x)
+            elif sums.dtype == x.dtype:
+                torch.mm(wide.t(), x, out=sums)
+            else:
+                sums.copy_(wide.t() @ x)
+        if self.dinput is not None:
+            self.dinput[chunk] = dx
+        self._add_bias(dlogits)
 
     def _add_product(self, left: Tensor, right: Tensor, first: bool) -> None:
         """sums += left @ right."""
@@ -113,8 +172,7 @@ class GradientSums:
             else:
                 sums.addmm_(left, right)
             return
-        for begin in range(0, left.shape[0], CLASSES_PER_PART):
-            part = slice(begin, begin + CLASSES_PER_PART)
+        for part in parts(left.shape[0]):
             product = torch.mm(left[part], right)
             if first:
                 sums[part] = product
@@ -137,6 +195,12 @@ def forward(
     problem: Problem, dlosses: Tensor | None, mask: tuple[bool, ...]
 ) -> tuple[Losses, Gradients]:
     """Losses of all rows and, where `dlosses` (expanded to [N]) is given, the gradients."""
+    fused = _without_logits(problem)
+    if fused is not None:
+        whole = Losses(*fused.forward(problem))
+        if dlosses is None:
+            return whole, Gradients(None, None, None)
+        return whole, Gradients(*fused.backward(problem, dlosses, None, whole.lse, mask))
     sums = GradientSums(problem, mask if dlosses is not None else (False, False, False))
     parts: list[Losses] = []
     for chunk, logits in logits_of_chunks(problem):
@@ -162,6 +226,9 @@ def backward(
     problem: Problem, dlosses: Tensor, dlse: Tensor | None, lse: Tensor, mask: tuple[bool, ...]
 ) -> Gradients:
     """The gradients, from logits computed once more."""
+    fused = _without_logits(problem)
+    if fused is not None:
+        return Gradients(*fused.backward(problem, dlosses, dlse, lse, mask))
     sums = GradientSums(problem, mask)
     for chunk, logits in logits_of_chunks(problem):
         backend, arguments = _ask(problem, chunk, logits)
@@ -169,6 +236,17 @@ def backward(
         kept = lse[:, chunk].contiguous()
         sums.add(chunk, _dlogits(backend, dlosses[chunk], part, arguments, kept))
     return sums.result()
+
+
+def _without_logits(problem: Problem) -> Any:
+    """The kernels that need no logits in memory, where the backend that runs has them."""
+    logits = problem.input.new_empty(0, problem.linear_weight.shape[0])
+    backend = select_backend(logits, problem.target[:0], problem.weight, problem.options)
+    if isinstance(backend, Operators) or backend is not dispatch.load("cross_entropy", "triton"):
+        return None
+    from kernels.cross_entropy import triton_linear
+
+    return triton_linear if triton_linear.unsupported(problem) is None else None
 
 
 def _ask(problem: Problem, chunk: slice, logits: Tensor) -> tuple[Any, tuple[Any, ...]]:

@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from kernels.cross_entropy import chunks
 from kernels.cross_entropy.checks import (
+    check_classes,
     check_ignore_index,
     check_options,
     check_target,
@@ -227,6 +228,7 @@ def _of_positions(
     targets = target.reshape((rows, classes, positions) if probabilities else (rows, positions))
     if not probabilities:
         targets = targets.long()
+        check_classes(targets.flatten(), classes, options.ignore_index)
     elif targets.dtype != x.dtype:
         targets = targets.to(wide)
     if reduction == "sum":

@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from kernels.cross_entropy import reference
 from kernels.cross_entropy.checks import (
+    check_classes,
     check_ignore_index,
     check_options,
     check_target,
@@ -19,7 +20,7 @@ from kernels.cross_entropy.checks import (
     check_weight,
     is_autocast,
 )
-from kernels.cross_entropy.rows import Options, RowResults, row_losses
+from kernels.cross_entropy.rows import Options, Reduction, RowResults, row_losses
 
 
 class CrossEntropyStats(NamedTuple):
@@ -73,8 +74,8 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: as F.cross_entropy, before
             anything runs.
-        IndexError: a target is out of range; CPU only.  On a GPU, which cannot tell without
-            stopping, the loss of that row is NaN.
+        IndexError: a target is out of range.  On a GPU, which cannot tell without stopping, only
+            inside kernels.dispatch.checked; else the loss of that row is NaN.
 
     Differentiable any number of times in input, and in target probabilities; the first derivative
     is fused and deterministic.  Under autocast the loss is float32, as F.cross_entropy's.  Inside
@@ -107,16 +108,25 @@ def cross_entropy(
     options = Options(
         ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale, return_stats
     )
-    if process_group is not None:
-        from kernels.cross_entropy.parallel import parallel_rows
-
-        rows = parallel_rows(logits, targets, weight, options, inplace_backward, process_group)
-    elif must_be_composite(logits, weight):
-        rows = composite_rows(logits, targets, weight, options)
+    dtype = result_dtype(input, target, weight)
+    summed = reduction != "none"
+    total = None
+    if reduction == "mean":
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        total = mean_total(targets, weight, ignore_index, wide)
+    reducer = Reduction(dtype, summed, total)
+    if process_group is None and not must_be_composite(logits, weight):
+        check_classes(targets, logits.shape[1], ignore_index)
+        rows = row_losses(logits, targets, weight, options, return_stats, inplace_backward, reducer)
+        loss = rows.losses
     else:
-        rows = row_losses(logits, targets, weight, options, return_stats, inplace_backward)
-    loss = reduce(rows.losses, targets, weight, ignore_index, reduction)
-    loss = loss.to(result_dtype(input, target, weight))
+        if process_group is None:
+            rows = composite_rows(logits, targets, weight, options)
+        else:
+            from kernels.cross_entropy.parallel import parallel_rows
+
+            rows = parallel_rows(logits, targets, weight, options, inplace_backward, process_group)
+        loss = reducer.of(rows.losses)
     if reduction == "none":
         loss = loss.reshape(positions)
     return (loss, make_stats(rows, targets, positions)) if return_stats else loss
@@ -201,17 +211,15 @@ def target_weights(
     return torch.where(counted, weight.to(dtype)[targets.clamp(0, classes - 1)], 0)
 
 
-def reduce(
-    losses: Tensor, targets: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+def mean_total(
+    targets: Tensor, weight: Tensor | None, ignore_index: int, wide: torch.dtype
 ) -> Tensor:
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    if reduction == "sum":
-        return total
+    """What a mean divides by, a scalar: what the rows count, or the number of rows."""
     if targets.is_floating_point():
-        return total / losses.shape[0] if losses.shape[0] else total / total
-    return total / target_weights(targets, weight, ignore_index, losses.dtype).sum()
+        return torch.full((), targets.shape[0], dtype=wide, device=targets.device)
+    if weight is None:
+        return torch.count_nonzero(targets != ignore_index)
+    return target_weights(targets, weight, ignore_index, wide).sum()
 
 
 def result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:

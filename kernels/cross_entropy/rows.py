@@ -54,8 +54,34 @@ def select_backend(input: Tensor, target: Tensor, weight: Tensor | None, options
     return backend
 
 
+class Reduction(NamedTuple):
+    """What becomes of the losses, in float32, of all rows."""
+
+    dtype: torch.dtype  # of the result
+    summed: bool = False
+    total: Tensor | None = None  # scalar that the sum is divided by
+
+    def of(self, losses: Tensor) -> Tensor:
+        if self.summed:
+            losses = losses.sum()
+            if self.total is not None:
+                losses = losses / self.total
+        return losses.to(self.dtype)
+
+    def gradient(self, dloss: Tensor, rows: int, wide: torch.dtype) -> Tensor:
+        """Of each loss, [rows]."""
+        dloss = dloss.to(wide)
+        if not self.summed:
+            return dloss
+        return (dloss if self.total is None else dloss / self.total).expand(rows)
+
+
 class RowFunction(torch.autograd.Function):
-    """Backward runs the forward's backend, or, under create_graph, the reference's formula."""
+    """Backward runs the forward's backend, or, under create_graph, the reference's formula.
+
+    The reduction is part of it: as operations of their own, autograd would take longer for it than
+    for the losses of a small model.
+    """
 
     @staticmethod
     def forward(
@@ -66,28 +92,35 @@ class RowFunction(torch.autograd.Function):
         options: Options,
         with_lse: bool,
         inplace: bool,
+        dtype: torch.dtype,
+        summed: bool,
+        total: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         backend = select_backend(input, target, weight, options)
         losses, lse, log_prob, best = backend.forward(input, target, weight, *options)
-        ctx.save_for_backward(input, target, weight)
-        ctx.rest = backend, lse, options, inplace
+        ctx.save_for_backward(input, target, weight, total)
+        ctx.rest = backend, lse, options, inplace, dtype, summed
         ctx.set_materialize_grads(False)
         if not options.stats or target.is_floating_point():
             log_prob = None
         if not options.stats:
             best = None
         ctx.mark_non_differentiable(*(x for x in (log_prob, best) if x is not None))
+        loss = Reduction(dtype, summed, total).of(losses)
         # A copy: what the caller does to it must not reach the backward.
-        return losses, lse[0].clone() if with_lse else None, log_prob, best
+        return loss, lse[0].clone() if with_lse else None, log_prob, best
 
     @staticmethod
     def backward(
-        ctx: Any, dlosses: Tensor | None, dlse: Tensor | None, *_: None
+        ctx: Any, dloss: Tensor | None, dlse: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        input, target, weight = ctx.saved_tensors  # raises where one was written to since
-        backend, lse, options, inplace = ctx.rest
-        if dlosses is None:
-            dlosses = lse.new_zeros(1).expand(input.shape[0])
+        input, target, weight, total = ctx.saved_tensors  # raises where one was written to since
+        backend, lse, options, inplace, dtype, summed = ctx.rest
+        rows = input.shape[0]
+        if dloss is None:
+            dlosses = lse.new_zeros(1).expand(rows)
+        else:
+            dlosses = Reduction(dtype, summed, total).gradient(dloss, rows, lse.dtype)
         if torch.is_grad_enabled():
             # create_graph: lse depends on input, so it takes part in the second derivative.
             x = reference.logits(input, options.softcap, options.logit_scale)
@@ -99,7 +132,11 @@ class RowFunction(torch.autograd.Function):
         )
         if inplace:
             torch.autograd.graph.increment_version(input)
-        return dinput if mask[0] else None, dtarget if mask[1] else None, None, None, None, None
+        return dinput if mask[0] else None, dtarget if mask[1] else None, *(None,) * 7
+
+
+# Function.apply without its preparations for torch.func.
+_apply = super(torch.autograd.Function, RowFunction).apply
 
 
 def _overlap(rows: Tensor) -> bool:
@@ -113,15 +150,24 @@ def row_losses(
     options: Options,
     with_lse: bool = False,
     inplace: bool = False,
+    reduction: Reduction | None = None,
 ) -> RowResults:
-    """Losses, and what else was asked for, of input [N, C], differentiable in input and target."""
+    """Losses, and what else was asked for, of input [N, C], differentiable in input and target.
+
+    With a `reduction` what it makes of the losses is in their place.
+    """
+    if reduction is None:
+        reduction = Reduction(torch.promote_types(input.dtype, torch.float32))
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        return RowResults(*RowFunction.apply(input, target, weight, options, with_lse, inplace))
+        prepared = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        apply = RowFunction.apply if prepared else _apply
+        arguments = input, target, weight, options, with_lse, inplace
+        return RowResults(*apply(*arguments, *reduction))
     backend = select_backend(input, target, weight, options)
     losses, lse, log_prob, best = backend.forward(input, target, weight, *options)
     with_log_prob = options.stats and not target.is_floating_point()
     return RowResults(
-        losses,
+        reduction.of(losses),
         lse[0] if with_lse else None,
         log_prob if with_log_prob else None,
         best if options.stats else None,

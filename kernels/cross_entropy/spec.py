@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._spec import Case, Direction, Inputs, Spec
+from kernels._spec import DIRECTIONS, Case, Direction, Inputs, Spec
+from kernels.cross_entropy import memory, yardsticks
 from kernels.cross_entropy.linear import linear_cross_entropy
 from kernels.cross_entropy.op import cross_entropy
 
@@ -17,9 +19,25 @@ def _case(rows: int, classes: int) -> Case:
     return Case(f"{rows}x{classes}", {"rows": rows, "classes": classes})
 
 
-def _linear_case(rows: int, features: int, classes: int) -> Case:
-    sizes = {"rows": rows, "features": features, "classes": classes}
-    return Case(f"linear {rows}x{features}x{classes}", sizes, quick=False)
+def _linear_cases(rows: int, features: int, classes: int) -> tuple[Case, ...]:
+    """Beside the linear map and the loss one after the other, and torch 2.13's own function."""
+    name = f"linear {rows}x{features}x{classes}"
+    beside_eager = Case(
+        name,
+        {"rows": rows, "features": features, "classes": classes},
+        directions=("forward+backward",),
+        compiled=False,
+        quick=False,
+    )
+    if not hasattr(F, "linear_cross_entropy"):
+        return (beside_eager,)
+    beside_chunks = replace(
+        beside_eager,
+        name=f"{name}, torch's",
+        torch_function=yardsticks.torch_in_chunks,
+        yardstick=yardsticks.linear_then_cross_entropy,
+    )
+    return beside_eager, beside_chunks
 
 
 def _run(*arguments: Any) -> Tensor:
@@ -30,7 +48,7 @@ def _run(*arguments: Any) -> Tensor:
 
 def _run_torch(*arguments: Any) -> Tensor:
     if len(arguments) == 3:
-        return F.cross_entropy(F.linear(arguments[0], arguments[1]), arguments[2])
+        return yardsticks.linear_then_cross_entropy(*arguments)
     return F.cross_entropy(*arguments)
 
 
@@ -68,17 +86,22 @@ def least_bytes(case: Case, dtype: torch.dtype, direction: Direction) -> int:
     return sweeps * sizes["rows"] * sizes["classes"] * dtype.itemsize
 
 
-def _bars() -> dict[tuple[str, torch.dtype, Direction], float]:
-    bars: dict[tuple[str, torch.dtype, Direction], float] = {}
-    for dtype, large, small in (
-        (torch.float32, (12.0, 8.0), (1.6, 1.5)),
-        (torch.bfloat16, (8.0, 7.0), (1.6, 1.4)),
-    ):
-        for name, (forward, both) in (("1024x32000", large), ("8192x96", small)):
-            bars[name, dtype, "forward"], bars[name, dtype, "forward+backward"] = forward, both
-        bars["linear 2048x512x32000", dtype, "forward+backward"] = 1.15
-    return bars
+Bars = dict[tuple[str, torch.dtype, Direction], float]
+_TIMED = tuple(
+    (dtype, direction) for dtype in (torch.float32, torch.bfloat16) for direction in DIRECTIONS
+)
 
+
+def _bars(large: tuple[float, ...], small: tuple[float, ...]) -> Bars:
+    """Each of float32 forward, forward+backward, then bfloat16's."""
+    return {
+        (name, *timed): bar
+        for name, values in (("1024x32000", large), ("8192x96", small))
+        for timed, bar in zip(_TIMED, values, strict=True)
+    }
+
+
+LINEAR_CASES = _linear_cases(*memory.SIZES)
 
 SPEC = Spec(
     op="cross_entropy",
@@ -88,7 +111,14 @@ SPEC = Spec(
     gradient_names=("dinput",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     accuracy_cases=(_case(64, 96), _case(37, 1001), _case(3, 40_000)),
-    speed_cases=(_case(1024, 32_000), _case(8192, 96), _linear_case(2048, 512, 32_000)),
+    speed_cases=(_case(1024, 32_000), _case(8192, 96), *LINEAR_CASES),
     least_bytes=least_bytes,
-    bars=_bars(),
+    bars=_bars((12.0, 8.0, 8.0, 7.0), (1.6, 1.5, 1.6, 1.4))
+    | {
+        (case.name, dtype, "forward+backward"): bar
+        for case, bars in zip(LINEAR_CASES, ((1.15, 1.15), (1.0, 2.0)), strict=False)
+        for dtype, bar in zip((torch.float32, torch.bfloat16), bars, strict=True)
+    },
+    compile_bars=_bars((3.0, 4.2, 2.6, 4.3), (1.7, 2.0, 1.5, 1.8)),
+    report_more=memory.report,
 )

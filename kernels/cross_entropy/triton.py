@@ -17,12 +17,10 @@ from kernels import _triton
 from kernels.cross_entropy import triton_plan as plan
 from kernels.cross_entropy import triton_row as row_code
 from kernels.cross_entropy.triton_backward import backward
-from kernels.cross_entropy.triton_merge import merge_kernel
+from kernels.cross_entropy.triton_merge import merge
 from kernels.cross_entropy.triton_span import load_tile
 
 __all__ = ["backward", "forward", "unsupported"]
-
-MERGED_STATES = 128  # of a program of merge_kernel, with 4 warps
 
 
 @triton.jit(do_not_specialize=[*plan.NUMBERS, "n_vec", "stride_vec"])
@@ -107,6 +105,7 @@ def _forward_tile_kernel(
         SHARED,
         HAS_WEIGHT,
         STATS,
+        SPREAD,
     )
 
 
@@ -304,24 +303,5 @@ def forward(
             **sweep.constants(),
             **_triton.LAUNCH,
         )
-        block_parts = triton.next_power_of_2(sweep.parts)
-        block_m = max(1, MERGED_STATES // block_parts)
-        merge_kernel[(triton.cdiv(rows, block_m),)](
-            input,
-            target,
-            weight,
-            states,
-            ranks,
-            *results,
-            rows,
-            classes,
-            stride,
-            sweep.parts,
-            *numbers,
-            **flags,
-            BLOCK_M=block_m,
-            BLOCK_PARTS=block_parts,
-            num_warps=4,
-            **_triton.LAUNCH,
-        )
+        merge(input, target, weight, states, ranks, results, classes, stride, numbers, flags)
     return results

@@ -13,32 +13,31 @@ from torch import Tensor
 from kernels import _triton
 
 MAX_CLASSES = 2**30  # columns are 32-bit numbers inside a row
-# Longer rows are swept: their ends cost less than what all warps of a tile ask for of its rows.
-TILE_CLASSES = 256
+TILE_CLASSES = 1024  # longer rows are swept
 SWEEP_ELEMENTS = 16  # of a thread and a step
 WARP_CLASSES = 2048  # of a swept row, for each of up to 8 warps
 PART_STEPS = 2  # the least that a program takes of a row which several share
 ROW_PROGRAMS = 2  # of swept rows, that a multiprocessor holds at least
 MAX_PARTS = 1024
 
-# (largest classes, BLOCK_M, num_warps): up to 32 logits per thread.
+# (largest classes, BLOCK_M, num_warps): up to 32 logits per thread, and no fewer threads than rows.
 TILES = (
-    (8, 128, 1),
-    (16, 64, 1),
     (32, 32, 1),
     (64, 16, 1),
     (128, 8, 1),
-    (TILE_CLASSES, 2, 1),
+    (256, 4, 1),
+    (512, 4, 2),
+    (TILE_CLASSES, 4, 4),
 )
-# Rows that are moved as one span: several warps, which make the change of places one through shared
-# memory, and multiples of 8 rows, so that spans start and end with a vector.
+# Rows that are moved as one span: 16 logits per thread, as changing places takes registers; several
+# warps, which make it go through shared memory; and 8 rows, so that spans start with a vector.
 SPANS = (
-    (8, 256, 2),
-    (16, 128, 2),
     (32, 64, 2),
-    (64, 32, 2),
-    (128, 16, 2),
-    (TILE_CLASSES, 8, 2),
+    (64, 32, 4),
+    (128, 16, 4),
+    (256, 8, 4),
+    (512, 8, 8),
+    (TILE_CLASSES, 8, 8),  # 16 warps leave a thread 128 registers, and 64 bytes spill
 )
 SECTOR = 32  # bytes: the unit in which global memory moves
 

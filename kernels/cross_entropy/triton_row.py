@@ -120,6 +120,23 @@ def vectors(UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def of_rows(ptr, place, mask, SPREAD: tl.constexpr):
+    """Values at `place`, each loaded by one of SPREAD threads.
+
+    Of fewer values than a program has threads Triton has every thread load all that it needs: for
+    short rows as many bytes as the logits.  The gather hands them out by shuffles; a change of
+    layout without it would be stmatrix on sm_90, with several threads storing to one place.
+    """
+    if SPREAD == 1:
+        values = tl.load(ptr + place, mask=mask, other=0)
+    else:
+        lane = tl.arange(0, SPREAD)[:, None]
+        spread = tl.load(ptr + place[None, :] + lane * 0, mask=mask[None, :] & (lane == 0), other=0)
+        values = tl.gather(tl.sum(spread, 0), tl.arange(0, place.shape[0]), 0)
+    return values
+
+
+@triton.jit
 def finish(
     row,  # [...] int64
     mask,
@@ -144,6 +161,7 @@ def finish(
     SHARED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     STATS: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):
     top = tl.where(tl.abs(top) == float("inf"), float("nan"), top)
     log_total = tl.log(total)
@@ -163,29 +181,13 @@ def finish(
         log_prob = tl.where(there, (logit - top) - log_total, float("nan"))
         weighted = on * log_prob
         if HAS_WEIGHT:
-            weighted *= tl.load(weight_ptr + tl.where(there, target, 0), mask=mask, other=0.0)
+            weighted *= of_rows(weight_ptr, tl.where(there, target, 0), mask, SPREAD)
         loss = tl.where(ignored, 0.0, loss - weighted)
         if STATS:
             tl.store(log_prob_ptr + row, tl.where(ignored, 0.0, log_prob), mask=mask)
     tl.store(losses_ptr + row, loss, mask=mask)
     if STATS:
         tl.store(best_ptr + row, best.to(tl.int64), mask=mask)
-
-
-@triton.jit
-def of_rows(ptr, place, mask, SPREAD: tl.constexpr):
-    """Values at `place`, each loaded by one of SPREAD neighbouring threads.
-
-    Of fewer values than a program has threads Triton has every thread load all that it needs: for
-    short rows as many bytes as the logits.
-    """
-    if SPREAD == 1:
-        values = tl.load(ptr + place, mask=mask, other=0)
-    else:
-        lane = tl.arange(0, SPREAD)[None, :]
-        spread = tl.load(ptr + place[:, None] + lane * 0, mask=mask[:, None] & (lane == 0), other=0)
-        values = tl.sum(spread, 1)
-    return values
 
 
 @triton.jit

@@ -74,6 +74,20 @@ def test_values_and_gradients(dtype, probabilities, bias, keywords):
     assert_as_exact_as_torch(got, torch_got, want, ("loss", "dx", "dw", "db")[: len(got)])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("widened", [False, True])
+@pytest.mark.parametrize("rows", [5, 23])  # one chunk, several
+def test_products_of_16_bits_either_way(monkeypatch, dtype, widened, rows):
+    """By PyTorch's 16-bit matmul, or in float32 where the CPU has no instructions for it."""
+    monkeypatch.setattr(chunks, "WIDENED", frozenset({dtype} if widened else ()))
+    tensors = [x.to(dtype) for x in (torch.randn(rows, 5), torch.randn(33, 5), torch.randn(33))]
+    target = torch.randint(0, 33, (rows,))
+    want = run(stored, tensors, target, torch.float64)
+    torch_got = run(stored, tensors, target, dtype)
+    got = run(linear_cross_entropy, tensors, target, dtype)
+    assert_as_exact_as_torch(got, torch_got, want, ("loss", "dx", "dw", "db"))
+
+
 @pytest.mark.parametrize(("input", "weight", "target"), [
     ((5,), (9, 5), ()),
     ((6, 4), (5, 2, 3, 4), (6, 2, 3)),

@@ -21,6 +21,7 @@ from tests.ptx.test_layer_norm_sharp import VECTORS, check
 # One for each of cuda's kernels, with vectors and without, and for each of its shapes.
 COLUMNS = [72, 255, 504, 511, 520, 1000, 1024, 2040, 2039, 16392, 16385]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+EACH_VECTOR = (torch.bfloat16, torch.float32)  # of 8 elements and of 4
 EACH_GRADIENT = [(True, False, False), (False, True, False), (False, False, True)]
 # Rows of these lengths have means that float32 rounds, and a variance that only the second pass
 # over the row gets right. Enough of both that each element of a tile matters in some row.
@@ -28,24 +29,27 @@ NEARLY_CONSTANT = [(72, 72), (70, 65), (36, 256), (36, 255), (20, 1000), (20, 10
 NEARLY_CONSTANT += [(9, 2040), (9, 2047)]
 
 
+@pytest.mark.parametrize("dtype", EACH_VECTOR, ids=str)
 @pytest.mark.parametrize("cols", COLUMNS)
-def test_cuda_parameters_of_every_dtype(cols):
+def test_cuda_parameters_of_every_dtype(cols, dtype):
     for weights, biases in itertools.product(DTYPES, repeat=2):
-        check("cuda", "sm_90a", 2, cols, torch.bfloat16, weights, biases)
+        check("cuda", CUDA_ARCHS[dtype], 2, cols, dtype, weights, biases)
 
 
+@pytest.mark.parametrize("dtype", EACH_VECTOR, ids=str)
 @pytest.mark.parametrize("cols", COLUMNS)
-def test_cuda_each_gradient_alone(cols):
+def test_cuda_each_gradient_alone(cols, dtype):
     for wanted in EACH_GRADIENT:
-        check("cuda", "sm_90a", 9, cols, torch.bfloat16, torch.float32, wanted=wanted)
+        check("cuda", CUDA_ARCHS[dtype], 9, cols, dtype, torch.float32, wanted=wanted)
 
 
+@pytest.mark.parametrize("dtype", EACH_VECTOR, ids=str)
 @pytest.mark.parametrize("cols", COLUMNS)
-def test_cuda_absent_parameters(cols):
-    cases = [(True, False, dtype) for dtype in DTYPES] + [(False, True, dtype) for dtype in DTYPES]
+def test_cuda_absent_parameters(cols, dtype):
+    cases = [(True, False, each) for each in DTYPES] + [(False, True, each) for each in DTYPES]
     for weight, bias, parameters in [*cases, (False, False, torch.float32)]:
         options = {"present": (weight, bias), "wanted": (True, weight, bias)}
-        check("cuda", "sm_90a", 2, cols, torch.bfloat16, parameters, **options)
+        check("cuda", CUDA_ARCHS[dtype], 2, cols, dtype, parameters, **options)
 
 
 def test_cuda_every_number_of_threads_and_of_chunks_of_a_row():
@@ -144,12 +148,14 @@ def check_whole_sums(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cuda_sums_any_number_of_rows(dtype):
-    """A block has 256 columns, each of its eight warps takes two rows at a time; from 65 rows on
-    there are several partial sums to add."""
+    """A block has 256 columns, which may end at each of a thread's; each of its eight warps takes
+    two rows at a time; from 65 rows on there are several partial sums to add."""
     arch = CUDA_ARCHS[dtype]
     for turn, rows in enumerate((*range(1, 35), 65, 130, 200)):
         for cols in (248, 264, 519):
             check_whole_sums("cuda", arch, rows, cols, [dtype, *mixed(turn)], 2)
+    for turn, cols in enumerate((*range(31, 256, 32), *range(20, 256, 32))):
+        check_whole_sums("cuda", arch, 9, cols, [dtype, *mixed(turn)], 2)
 
 
 def mixed(turn: int) -> tuple[torch.dtype, torch.dtype]:

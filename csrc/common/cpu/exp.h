@@ -61,6 +61,29 @@ SIMD_INLINE vf exp(vf x) {
 #endif
 }
 
+// exp for sums and shares of a maximum, where a term far below 1 counts little: ln 2 as one
+// constant, which saves an instruction where FMA makes the product exact.  Error at most 0.9 units
+// in the last place, and one more for each 60 that x is below 0.
+SIMD_INLINE vf exp_share(vf x) {
+#if defined(__AVX512F__)
+  x = max(set1(-104.f), x);
+  const vf round = set1(12582912.f);
+  const vf shifted = x * 1.44269504f + round;
+  const vf n = shifted - round;
+  const vf r = n * -0.693147182f + x;
+  vf p = set1(1.3814584e-3f);
+  p = p * r + 8.3687240e-3f;
+  p = p * r + 4.1668389e-2f;
+  p = p * r + 1.6666521e-1f;
+  p = p * r + 4.9999994e-1f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return exp(x);
+#endif
+}
+
 // exp(x) - 1, without the cancellation near 0: there the polynomial is x + x^2 * (...).
 SIMD_INLINE vf exp_minus_1(vf x) {
   vf p = set1(1.3814584e-3f);
