@@ -57,7 +57,6 @@ def _linear_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -83,7 +82,7 @@ def _linear_forward_kernel(
         row_w = tl.minimum(column, classes - 1).to(tl.int64)
         raw = product(
             x_ptr, w_ptr, row_x, row_w, stride_x, stride_w, features,
-            BLOCK_M, BLOCK_N, BLOCK_K, WHOLE, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, WHOLE,
         )  # fmt: skip
         if bias_ptr is not None:
             raw += tl.load(bias_ptr + row_w).to(tl.float32)[None, :]
@@ -154,7 +153,6 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | N
             split.part_blocks, split.parts, *numbers,
             VEC=vec,
             WHOLE=features % tile["BLOCK_K"] == 0,
-            PRECISION=linear_plan.precision(x),
             **kernel_flags,
             **tile,
             **_triton.LAUNCH,

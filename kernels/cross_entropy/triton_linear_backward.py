@@ -103,7 +103,6 @@ def _linear_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -133,7 +132,7 @@ def _linear_gradient_kernel(
         other_row = tl.minimum(other, other_count - 1).to(tl.int64)
         raw = product(
             owned_ptr, other_ptr, owned_row, other_row, stride_owned, stride_other, features,
-            BLOCK_M, BLOCK_N, BLOCK_K, WHOLE, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, WHOLE,
         )  # fmt: skip
         if CLASSES_OWNED:
             dlogits = _tile_gradient(
@@ -154,7 +153,7 @@ def _linear_gradient_kernel(
             values = tl.load(places + first_k, mask=mask_k, other=0.0)
             mask = mask_owned[:, None] & mask_k
             acc = tl.load(sums + first_k + offs_k, mask=mask & again, other=0.0)
-            acc = tl.dot(dlogits, values, acc, input_precision=PRECISION)
+            acc = tl.dot(dlogits, values, acc)
             tl.store(sums + first_k + offs_k, acc, mask=mask)
         tl.debug_barrier()  # before other threads read what these have stored
     if bias_sums_ptr is not None:
@@ -216,7 +215,6 @@ def _sums(
         CLASSES_OWNED=classes_owned,
         VEC=vec,
         WHOLE=features % tile["BLOCK_K"] == 0,
-        PRECISION=linear_plan.precision(x),
         HAS_DLSE=dlse is not None,
         **flags,
         **tile,

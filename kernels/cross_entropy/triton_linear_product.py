@@ -19,7 +19,6 @@ def product(
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr,  # features is a multiple of BLOCK_K
-    PRECISION: tl.constexpr,
 ):
     """Products of rows of a and of b, [BLOCK_A, BLOCK_B]."""
     offs_k = tl.arange(0, BLOCK_K)
@@ -33,5 +32,5 @@ def product(
             mask_k = offs_k < features - first_k
             a = tl.load(a_place + first_k, mask=mask_k[None, :], other=0.0)
             b = tl.load(b_place + first_k, mask=mask_k[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc)
     return acc

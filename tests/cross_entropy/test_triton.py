@@ -101,7 +101,7 @@ LINEAR_EVERYTHING = linear_cases.Case(linear_cases.EVERYTHING, True, True, True)
     *(
         pytest.param(target, dtype, case, marks=pytest.mark.sweep)
         for target in _triton.TARGETS
-        for dtype in (torch.bfloat16, torch.float32)
+        for dtype in (torch.bfloat16, torch.float16)
         for case in (LINEAR, LINEAR_EVERYTHING)
     ),
 ], ids=str)  # fmt: skip

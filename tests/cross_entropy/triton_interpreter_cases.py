@@ -93,15 +93,15 @@ LINEAR_SIZES = [(1, 1, 1), (5, 3, 8), (33, 70, 40), (16, 32, 16), (50, 7, 33)]
 @pytest.mark.parametrize("sizes", LINEAR_SIZES, ids=str)
 def test_linear_without_logits(sizes):
     everything = linear_cases.Case(linear_cases.EVERYTHING, True, True, True)
-    for case, dtype in ((linear_cases.Case(), torch.float16), (everything, torch.float32)):
-        problem = linear_cases.make_problem(*sizes, dtype, case)
+    for case in (linear_cases.Case(), everything):
+        problem = linear_cases.make_problem(*sizes, torch.float16, case)
         linear_cases.check(triton_linear, problem, case)
 
 
 def test_linear_of_strided_matrices():
     case = linear_cases.Case(linear_cases.PLAIN, bias=True)
-    problem = linear_cases.make_problem(20, 24, 12, torch.float32, case)
-    wide = torch.full((20, 17), torch.nan)
+    problem = linear_cases.make_problem(20, 24, 12, torch.float16, case)
+    wide = torch.full((20, 17), torch.nan).half()
     wide[:, :12] = problem.input
     strided = problem._replace(
         input=wide[:, :12],
@@ -117,7 +117,7 @@ def test_linear_is_what_the_public_function_runs(monkeypatch):
     monkeypatch.setattr(
         triton_linear, "forward", lambda *a, f=triton_linear.forward: calls.append(1) or f(*a)
     )
-    x, w = torch.randn(20, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    x, w = (torch.randn(n, 8).half().requires_grad_() for n in (20, 30))
     target = torch.randint(0, 30, (20,))
     with dispatch.use("triton"):
         loss = linear_cross_entropy(x, w, target)
@@ -126,13 +126,14 @@ def test_linear_is_what_the_public_function_runs(monkeypatch):
     want = F.cross_entropy(F.linear(x, w), target)
     torch.testing.assert_close(loss, want)
     for found in (gradients, again):
-        torch.testing.assert_close(found, torch.autograd.grad(want, (x, w), retain_graph=True))
+        expected = torch.autograd.grad(want, (x, w), retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
     assert calls == [1]
 
 
 def test_linear_refused():
     case = linear_cases.Case()
-    problem = linear_cases.make_problem(4, 5, 6, torch.float32, case)
+    problem = linear_cases.make_problem(4, 5, 6, torch.float16, case)
     assert "chunk" in triton_linear.unsupported(problem._replace(chunk_rows=2))
     assert "probabilities" in triton_linear.unsupported(problem._replace(target=torch.rand(4, 5)))
-    assert "float64" in triton_linear.unsupported(problem._replace(input=problem.input.double()))
+    assert "float32" in triton_linear.unsupported(problem._replace(input=problem.input.float()))
