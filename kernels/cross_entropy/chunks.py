@@ -248,6 +248,11 @@ def _cat(parts: list[Tensor | None]) -> Tensor | None:
     return torch.cat(tensors) if tensors else None
 
 
+def mean(losses: Tensor, total: Tensor) -> Tensor:
+    """In float64, as rounding each term of a sum would show beside the rows' own errors."""
+    return (losses.sum(dtype=total.dtype) / total).to(losses.dtype)
+
+
 class LinearFunction(torch.autograd.Function):
     """Losses, or where `summed` their sum over `total`, with the gradients then made in forward.
 
@@ -263,13 +268,14 @@ class LinearFunction(torch.autograd.Function):
         linear_bias: Tensor | None,
         target: Tensor,
         weight: Tensor | None,
-        total: Tensor,  # scalar
+        total: Tensor,  # scalar, float64
         options: Options,
         chunk_rows: int | None,
         summed: bool,
     ) -> tuple[Tensor | None, ...]:
         problem = Problem(input, linear_weight, linear_bias, target, weight, options, chunk_rows)
-        scale = 1 / total if summed else torch.ones_like(total)
+        wide = torch.promote_types(input.dtype, torch.float32)
+        scale = (1 / total if summed else torch.ones_like(total)).to(wide)
         # float16 holds no gradients of 1 / N: there the scale waits for the gradient's.  But 1 / 0,
         # where nothing counts, must not reach the rows that are ignored.
         late = torch.ones_like(scale)
@@ -285,7 +291,7 @@ class LinearFunction(torch.autograd.Function):
         log_prob, best = (rows.log_prob, rows.best) if options.stats else (None, None)
         lse = rows.lse[0].clone() if options.stats else None
         ctx.mark_non_differentiable(*(x for x in (log_prob, best) if x is not None))
-        return rows.losses.sum() / total if summed else rows.losses, lse, log_prob, best
+        return mean(rows.losses, total) if summed else rows.losses, lse, log_prob, best
 
     @staticmethod
     def backward(

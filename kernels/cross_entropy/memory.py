@@ -71,8 +71,8 @@ def report() -> None:
         cells = (f"{taken[name] / _MEBI:.0f}" for name in FUNCTIONS)
         rows.append((dtype, *cells, f"1/{share:.1f}", f"<= 1/16{missed}"))
     print(
-        f"\nlinear {'x'.join(map(str, SIZES))}: peak memory of a second step beyond inputs and returned "
-        "gradients, MiB"
+        f"\nlinear {'x'.join(map(str, SIZES))}: peak memory of a second step beyond inputs and "
+        "returned gradients, MiB"
     )
     headers = ("dtype", *FUNCTIONS, "ours / eager", "bar")
     print(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
