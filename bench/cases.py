@@ -158,7 +158,7 @@ def _cross_entropy_triton() -> list[Call]:
     from kernels.cross_entropy import triton_plan
 
     tiles = [row[0] for row in triton_plan.TILES]
-    sweeps = [1000, 3000, 5000, 50257]  # by 1, 2, 4 and 8 warps
+    sweeps = [2000, 3000, 5000, 50257]  # by 1, 2, 4 and 8 warps
     plain = [(n, torch.bfloat16, "") for n in (*tiles, 65, 255, *sweeps)]
     plain += [(n, torch.float32, "") for n in (65, 96, 50257)]
     rest = [(n, torch.bfloat16, "options") for n in (96, 255, 1001, 50257)]
@@ -167,16 +167,15 @@ def _cross_entropy_triton() -> list[Call]:
 
 
 def _attention_triton() -> list[Attention]:
-    """The widths of the tables that models use most."""
-    kinds = ((64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32))
+    """The widths of the tables that models use most, and all of float32, which needs registers."""
+    kinds = [(dim, torch.bfloat16) for dim in (64, 128)]
+    kinds += [(dim, torch.float32) for dim in (64, 128, 256)]
     return [Attention(2, 256, dim, dtype) for dim, dtype in kinds]
 
 
-def triton_calls(target: str) -> list[Call | Attention]:
-    """What is compiled for a target, as Triton's backends name it."""
-    # LLVM for AMD spills scalar registers of the attention kernels, which take many numbers.
-    attention = [] if target.startswith("gfx") else _attention_triton()
-    return [*_cross_entropy_triton(), *_layer_norm_triton(), *attention]
+def triton_calls() -> list[Call | Attention]:
+    """What is compiled for each target, as Triton's backends name it."""
+    return [*_cross_entropy_triton(), *_layer_norm_triton(), *_attention_triton()]
 
 
 _SHAPES = ((64, 1024), (512, 1024), (512, 1000), (2048, 768))

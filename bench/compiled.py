@@ -130,10 +130,13 @@ def _amd(kernel: Any) -> Row:
         kind = {"dwordx4": "wide", "dwordx3": "wide", "dwordx2": "64"}.get(width, "narrow")
         count[f"all_{move}_{kind}"] += 1
     waves = number("; Occupancy")
+    # Scalar registers that do not fit are kept in lanes of vector registers, not in memory.
+    scalar = number(r"\.sgpr_spill_count")
     return {
         "registers": number(r"\.vgpr_count"),
         "local": number(r"\.private_segment_fixed_size"),
-        "spills": number(r"\.vgpr_spill_count") + number(r"\.sgpr_spill_count"),
+        "spills": number(r"\.vgpr_spill_count"),
+        **({"scalars_in_lanes": scalar} if scalar else {}),
         "shared": kernel.metadata.shared,
         "threads": kernel.metadata.num_warps * kernel.metadata.warp_size,
         "blocks": waves * SIMDS // kernel.metadata.num_warps,
@@ -156,12 +159,12 @@ def triton() -> dict[str, dict[str, Row]]:
     from kernels import _triton
 
     found: dict[str, dict[str, Row]] = {}
-    calls = {target: cases.triton_calls(target) for target in _triton.TARGETS}
-    progress = tqdm(total=sum(map(len, calls.values())), desc="Triton", leave=False)
+    calls = cases.triton_calls()
+    progress = tqdm(total=len(calls) * len(_triton.TARGETS), desc="Triton", leave=False)
     for target in _triton.TARGETS:
         rows = found[f"triton {target}"] = {}
         seen = set()
-        for call in calls[target]:
+        for call in calls:
             with _triton.compile_only(target) as launched:
                 list(cases.run(call, "triton"))
             for kernel in launched:

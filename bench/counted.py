@@ -32,7 +32,7 @@ def _row(launches: Iterable[ptx.Launch], least: int) -> Row:
     def total(of: list[dict[str, Any]], column: str) -> int:
         return sum(site[column] for site in of)
 
-    wide = [site for site in loads if site["bytes_per_lane"] == 16]
+    wide = [site for site in loads if site["bytes_per_lane"] >= 16]
     row = {
         "launches": len(launches),
         "sectors_per_load": total(loads, "sectors") / total(loads, "requests"),

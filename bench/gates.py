@@ -22,6 +22,7 @@ TOLERANCE = 1e-3  # of ratios: they are printed and kept with three digits
 ALWAYS_ZERO = ("local", "spills", "reports")
 NOT_ABOVE: tuple[str, ...] = (
     "registers",
+    "scalars_in_lanes",
     "shared",
     "load_narrow",
     "store_narrow",

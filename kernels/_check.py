@@ -44,8 +44,8 @@ def register(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.seconds <= 0:
-        raise CommandError(f"--seconds must be above 0, got {options.seconds}")
+    if not 0 < options.seconds < math.inf:
+        raise CommandError(f"--seconds must be above 0 and finite, got {options.seconds}")
     unknown = [op for op in options.ops if op not in dispatch.OPS]
     if unknown:
         raise CommandError(f"unknown op {unknown[0]!r} (accepted: {', '.join(dispatch.OPS)})")

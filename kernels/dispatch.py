@@ -138,6 +138,43 @@ def use(backend: str) -> Iterator[None]:
         _forced = previous
 
 
+def _checked_from_environment() -> bool:
+    value = os.environ.get("KERNELS_CHECKED") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"KERNELS_CHECKED: unknown value {value!r} (accepted: 0, 1)")
+    return value == "1"
+
+
+_checked: bool = _checked_from_environment()
+
+
+@contextmanager
+def checked(on: bool = True) -> Iterator[None]:
+    """Inside, in all threads, values on a GPU are checked as those on the CPU are.
+
+    Class indices of cross_entropy, cu_seqlens of varlen_attention, lengths and block_table of
+    decode_attention: where they are wrong the call raises what it raises on the CPU.  It waits for
+    the device, so it cannot be captured in a CUDA graph; traced programs are not checked.  The
+    environment variable KERNELS_CHECKED=1 does it everywhere.
+    """
+    global _checked
+    previous, _checked = _checked, on
+    try:
+        yield
+    finally:
+        _checked = previous
+
+
+def is_checked() -> bool:
+    return _checked
+
+
+def is_readable(x: torch.Tensor) -> bool:
+    """Whether a check may look at the values of `x`: in a traced program there are none yet, and on
+    a GPU it would wait for the device, so only where `checked` asks for it."""
+    return (x.is_cpu or _checked) and type(x) is torch.Tensor and not torch.compiler.is_compiling()
+
+
 def offered_to_cpu_first() -> bool:
     """Whether a call on plain CPU tensors is offered to the `cpu` backend before any other.
 

@@ -109,10 +109,13 @@ def _try(
     `tests` come with the seconds that they may take, `folder` is where the mutant is built.
     """
     library = build.kernel_library
+    substituted = False
 
     def substituting(ptx: str) -> Path:
+        nonlocal substituted
         if ptx not in kernel.texts:
             return library(ptx)
+        substituted = True
         with patch.object(cache, "CACHE", folder):
             return library(mutant.applied(ptx))
 
@@ -121,6 +124,8 @@ def _try(
         signal.alarm(seconds)
         if failure := _run_test(item):
             return "report" if "KernelError" in failure else "test", item.nodeid
+    if not substituted:
+        raise RuntimeError("no test ran the mutant: the kernel's text is not what was noted of it")
     return "survived", ""
 
 
@@ -157,7 +162,7 @@ class Plugin:
         folders = ("csrc", "kernels", "ptx", "tests")
         files = (path for folder in folders for path in sorted((ROOT / folder).rglob("*")))
         sources = [path for path in files if path.suffix in (".py", ".cu", ".cuh", ".h", ".cpp")]
-        self.state = digest(*items, *sources)
+        self.state = digest(str(ROOT), *items, *sources)  # PTX names the files it comes from
         kept = cache.CACHE / f"baseline-{self.state}.json"
         if kept.exists():
             return json.loads(kept.read_text())
@@ -246,8 +251,11 @@ def _body(ptx: str) -> str:
 
 
 def _op(ptx: str) -> str:
-    """The op whose folder a kernel's source lies in; nothing for a kernel of a test."""
-    found = re.search(rf'"{re.escape(str(ROOT))}/(?:csrc|kernels)/(\w+)/(?<!/common/)', ptx)
+    """The op whose folder a kernel's source lies in; nothing for a kernel of a test.
+
+    In whichever clone of the project: Triton takes a kernel from its cache that was compiled there.
+    """
+    found = re.search(r'"/[^"]*/(?:csrc|kernels)/(\w+)/(?<!/common/)', ptx)
     return found[1] if found else ""
 
 

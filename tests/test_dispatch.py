@@ -228,3 +228,28 @@ def test_environment_forces_an_instruction_set():
 def test_import_of_kernels_is_light():
     code = "import sys, kernels; sys.exit('torch' in sys.modules)"
     assert run_python(code).returncode == 0
+
+
+def test_checked_mode_reads_values_on_a_device():
+    """A tensor on the meta device stands for one on a GPU: not at hand unless asked for."""
+    here, there = torch.zeros(1), torch.zeros(1, device="meta")
+    assert dispatch.is_readable(here)
+    assert not dispatch.is_readable(there)
+    with dispatch.checked():
+        assert dispatch.is_readable(there)
+        with dispatch.checked(False):
+            assert not dispatch.is_readable(there)
+        assert not dispatch.is_readable(there.as_subclass(Wrapped))
+    assert not dispatch.is_checked()
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+def test_checked_mode_from_the_environment():
+    code = "from kernels import dispatch; print(dispatch.is_checked())"
+    assert run_python(code, KERNELS_CHECKED="1").stdout.strip() == "True"
+    assert run_python(code, KERNELS_CHECKED="").stdout.strip() == "False"
+    refused = run_python(code, KERNELS_CHECKED="yes")
+    assert "KERNELS_CHECKED: unknown value 'yes' (accepted: 0, 1)" in refused.stderr

@@ -42,6 +42,14 @@ def test_every_op_has_the_same_files(op):
         assert f"`{name}`" in readme, f"the file map of {op}/README.md lacks {name}"
 
 
+@pytest.mark.parametrize("source", sorted(ROOT.glob("csrc/*/module_cuda.cu")), ids=str)
+def test_the_header_of_cuda_kernels_is_compiled_alone(source):
+    """Before it stands nothing that it could lean on."""
+    first = re.search(r'#include [<"](\S+)[>"]', source.read_text(encoding="utf-8"))
+    assert first
+    assert first[1] == f"{source.parent.name}/cuda.cuh"
+
+
 @pytest.mark.parametrize("op", dispatch.OPS)
 @pytest.mark.parametrize("backend", dispatch.BACKENDS + dispatch.FORCED_ONLY)
 def test_backends_have_the_references_signatures(op, backend):

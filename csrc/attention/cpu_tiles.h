@@ -189,9 +189,12 @@ struct Head {
   int64_t kv_head() const { return number / (call.heads / call.kv_heads); }
   int64_t first_query(const Tile& t) const { return sequence.query_row + t.first; }
 
-  // Whether every score, not only those at the edges of the pattern, needs `modify_scores`.
+  // Whether every score, not only those at the edges of the pattern, needs `modify_scores`: also
+  // for a scale that is not positive, times which the largest product is not the largest score, nor
+  // -inf hidden.
   bool modifies_all() const {
-    return call.softcap != 0 || call.alibi_slopes || call.mask.kind != MaskKind::kNone;
+    return call.softcap != 0 || call.alibi_slopes || call.mask.kind != MaskKind::kNone ||
+           !(call.scale > 0);
   }
 };
 

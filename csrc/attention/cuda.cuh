@@ -1,11 +1,12 @@
 // Attention on CUDA, host side: picks the kernel by dtype and head dimension, and launches.
-// Kernels: cuda_forward.cuh, cuda_backward.cuh, cuda_rows.cuh, cuda_decode.cuh. No torch, no
-// Python.
+// Kernels: cuda_forward.cuh, cuda_forward_sm90.cuh, cuda_backward.cuh, cuda_rows.cuh,
+// cuda_decode.cuh. No torch, no Python.
 #pragma once
 
 #include "attention/cuda_backward.cuh"
 #include "attention/cuda_decode.cuh"
 #include "attention/cuda_forward.cuh"
+#include "attention/cuda_forward_sm90.cuh"
 #include "attention/cuda_rows.cuh"
 
 namespace kernels::attention {
@@ -51,9 +52,58 @@ inline void list_globals(const GlobalsArgs& a, int batches, cudaStream_t stream)
   check_launch(kName);
 }
 
+// Does forward_sm90_kernel serve this call? Causality, windows, fewer key heads and sinks it has;
+// what looks at scores one by one, gathers rows or packs sequences is left to forward_kernel.
+template <typename T, int kColumns>
+bool takes_sm90(const ForwardArgs& a) {
+  const Problem& p = a.problem;
+  const bool plain = p.scale > 0.f && p.softcap == 0.f && p.alibi_slopes == nullptr &&
+                     p.mask_kind == Mask::kNone && p.seed == nullptr && p.cu_q == nullptr &&
+                     !p.has_globals();
+  const auto panels = [](const Heads& h, int rows) {  // can TMA copy it?
+    return h.columns == kColumns && h.vectors && rows > 0 && (rows == 1 || h.row > 0);
+  };
+  if (!plain || !panels(a.query, p.queries) || !panels(a.key, p.keys) || !panels(a.value, p.keys)) {
+    return false;
+  }
+  int device = 0, major = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "cudaDeviceGetAttribute");
+  if (major != 9) return false;
+  cudaFuncAttributes built;  // empty, for fewer threads, unless the module was built for sm_90a
+  check_cuda(cudaFuncGetAttributes(&built, forward_sm90_kernel<T, kColumns>),
+             "cudaFuncGetAttributes");
+  return built.maxThreadsPerBlock >= ForwardSm90Shape<kColumns>::kThreads;
+}
+
+template <typename T, int kColumns>
+void forward_sm90(const ForwardArgs& forward, DType dtype, cudaStream_t stream) {
+  using Shape = ForwardSm90Shape<kColumns>;
+  const Problem& p = forward.problem;
+  const auto map = [&](const Heads& h, int heads, int rows, int panel_rows) {
+    constexpr int64_t kBytes = sizeof(T);
+    return panel_map({h.at,
+                      {p.batches, heads, rows},
+                      {h.batch * kBytes, h.head * kBytes, h.row * kBytes},
+                      h.columns},
+                     dtype, panel_rows);
+  };
+  const int kv_heads = p.heads / p.group;
+  ForwardSm90Args a{forward, map(forward.query, p.heads, p.queries, Shape::kGroupRows),
+                    map(forward.key, kv_heads, p.keys, Shape::kKeys),
+                    map(forward.value, kv_heads, p.keys, Shape::kKeys)};
+  a.grid = grid_of(p, p.queries, Shape::kRows, p.heads, p.limit == 0);
+  launch(forward_sm90_kernel<T, kColumns>, "attention forward_sm90_kernel", a, p.batches, 1,
+         Shape::kThreads, Shape::kShared, stream);
+}
+
 inline void forward(ForwardArgs a, DType dtype, cudaStream_t stream) {
   const int columns = std::max(a.query.columns, a.value.columns);
   with_shape(dtype, columns, [&]<typename T, int kColumns>() {
+    if constexpr (sizeof(T) == 2 && kColumns <= 128) {
+      if (takes_sm90<T, kColumns>(a)) return forward_sm90<T, kColumns>(a, dtype, stream);
+    }
     using Shape = ForwardShape<T, kColumns>;
     const Problem& p = a.problem;
     a.grid = grid_of(p, p.queries, Shape::kRows, p.heads, p.limit == 0);

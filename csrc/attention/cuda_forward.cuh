@@ -46,10 +46,11 @@ struct Softmax {
     }
   }
 
-  // Replaces scores / factor by weights relative to the new maximum, and rescales `out` to it.
-  template <typename T, int kN, int kColumnTiles>
-  __device__ __forceinline__ void weigh(Accumulator (&s)[kM][kN],
-                                        Accumulator (&out)[kM][kColumnTiles], Split factor) {
+  // Replaces scores / factor by weights relative to the new maximum; what was summed up before must
+  // be multiplied by `shrink`.
+  template <typename T, int kN>
+  __device__ __forceinline__ void weigh(Accumulator (&s)[kM][kN], Split factor,
+                                        float (&shrink)[2 * kM]) {
 #pragma unroll
     for (int row = 0; row < 2 * kM; ++row) {
       const int m = row / 2, e = row % 2 * 2;
@@ -60,14 +61,9 @@ struct Softmax {
       most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
       const float next = fmaxf(top[row], most * factor.high);
       const float base = next == -INFINITY ? 0.f : next;  // -inf - -inf is no number
-      const float shrink = exp2_fast(top[row] - base);
+      shrink[row] = exp2_fast(top[row] - base);
       top[row] = next;
-      sum[row] *= shrink;
-#pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n) {
-        out[m][n][e] *= shrink;
-        out[m][n][e + 1] *= shrink;
-      }
+      sum[row] *= shrink[row];
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -78,7 +74,33 @@ struct Softmax {
       }
     }
   }
+
+  // The lanes' parts of the sums become the sums.
+  __device__ __forceinline__ void add_up() {
+#pragma unroll
+    for (int row = 0; row < 2 * kM; ++row) {
+      sum[row] += __shfl_xor_sync(kAllLanes, sum[row], 1);
+      sum[row] += __shfl_xor_sync(kAllLanes, sum[row], 2);
+    }
+  }
+  // After that, in powers of e.
+  __device__ __forceinline__ float lse(int row) const {
+    const float logarithm = fmaf(top[row], kLn2, fmaf(top[row], kLn2Low, logf(sum[row])));
+    return sum[row] > 0.f ? logarithm : sum[row] - INFINITY;
+  }
 };
+
+template <int kM, int kN>
+__device__ __forceinline__ void rescale(Accumulator (&out)[kM][kN], const float (&shrink)[2 * kM]) {
+#pragma unroll
+  for (int row = 0; row < 2 * kM; ++row) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      out[row / 2][n][row % 2 * 2] *= shrink[row];
+      out[row / 2][n][row % 2 * 2 + 1] *= shrink[row];
+    }
+  }
+}
 
 // Products to scores in powers of two, all of them looked at one by one.
 template <int kM, int kN, typename T>
@@ -176,7 +198,9 @@ __global__ void __launch_bounds__(ForwardShape<T, kColumns>::kThreads,
     multiply_rows<T>(s, own, stage, args.key.columns);
     const bool scored = elaborate || work != Work::kPlain;
     if (scored) score_tile(s, plane, walk.band(tile), rows, row0, walk.subset(tile), key0);
-    softmax.template weigh<T>(s, out, plane.factor(scored));
+    float shrink[2 * kM];
+    softmax.template weigh<T>(s, plane.factor(scored), shrink);
+    rescale(out, shrink);
     if (a.seed != nullptr) {
       drop(s, keep_bits<kM, kN, false>(plane, rows, row0, walk.subset(tile), key0));
     }
@@ -187,16 +211,12 @@ __global__ void __launch_bounds__(ForwardShape<T, kColumns>::kThreads,
     return query >= 0 &&
            (place.gathered || !a.has_globals() || !sequence.is_global(a, query + sequence.offset));
   };
+  softmax.add_up();
 #pragma unroll
   for (int r = 0; r < 2 * kM; ++r) {
-    float& sum = softmax.sum[r];
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    sum += __shfl_xor_sync(kAllLanes, sum, 2);
     const int query = rows.at(row0 + 8 * r + threadIdx.x % kWarp / 4);
     if (threadIdx.x % 4 == 0 && is_stored(query)) {
-      const float top = softmax.top[r];  // in powers of two, the result in powers of e
-      const float lse = fmaf(top, kLn2, fmaf(top, kLn2Low, logf(sum)));
-      args.lse[sequence.lse0(a, place.head) + query] = sum > 0.f ? lse : sum - INFINITY;
+      args.lse[sequence.lse0(a, place.head) + query] = softmax.lse(r);
     }
   }
   const float factor = a.seed == nullptr ? 1.f : a.keep_factor;

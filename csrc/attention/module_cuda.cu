@@ -1,6 +1,7 @@
 // Attention's entry points of the Python module `kernels._cuda`. Their many arguments arrive flat,
 // in the order in which `Arguments` takes them: kernels/attention/cuda.py has the other side.
 #include "attention/cuda.cuh"
+
 #include "common/cuda/module.cuh"
 
 namespace kernels::attention {

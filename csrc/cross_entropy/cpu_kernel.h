@@ -219,10 +219,14 @@ void row_gradients(const void* rows, int64_t stride, void* gradients, int64_t gr
   if constexpr (Stream) stream_fence();  // before anything is written over
 }
 
-// The same at the target's class, where a probability near 1 cancels against the rest; k is scale *
-// k_c.  Every argument may be of a row a lane.
+// The same at the target's class, where a probability near 1 cancels against the rest, and a small
+// one, of a target that counts for little, would drown in `others`; k is scale * k_c.  Every
+// argument may be of a row a lane.
 SIMD_INLINE vf gradient_at_target(vf x, vf lse, vf rest, vf slope, vf others, vf k) {
-  return exp_minus_1((x - lse) - rest) * slope + (others - k);
+  const vf log_probability = (x - lse) - rest;
+  const vf near = exp_minus_1(log_probability) * slope + (others - k);
+  const vf far = (exp(log_probability) * slope - k) - (slope - others);
+  return log_probability < -1.f ? far : near;
 }
 SIMD_INLINE float gradient_at_target(float x, const Row& r, float k) {
   return gradient_at_target(set1(x), set1(r.lse), set1(r.rest), set1(r.slope), set1(r.others),

@@ -1,6 +1,7 @@
 // Cross-entropy's entry points of the Python module `kernels._cuda`; shapes stand in the callers.
-#include "common/cuda/module.cuh"
 #include "cross_entropy/cuda.cuh"
+
+#include "common/cuda/module.cuh"
 
 namespace kernels::cross_entropy {
 namespace {

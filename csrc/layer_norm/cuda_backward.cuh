@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kWarp* kSumRows, kSumBlocks) column_sums_kerne
       for (int v = 0; v < kVec; ++v) {
         const int i = chunk * kVec + v;
         const float dy_i = to_float(dy_in.at[v]);
-        dw[i] = fmaf(dy_i, (to_float(x_in.at[v]) - mean) * rstd, dw[i]);
+        if (a.dweight != nullptr) dw[i] = fmaf(dy_i, (to_float(x_in.at[v]) - mean) * rstd, dw[i]);
         db[i] += dy_i;
       }
     }

@@ -1,6 +1,7 @@
 // Layer norm's entry points of the Python module `kernels._cuda`; shapes stand in the callers.
-#include "common/cuda/module.cuh"
 #include "layer_norm/cuda.cuh"
+
+#include "common/cuda/module.cuh"
 
 namespace kernels::layer_norm {
 namespace {

@@ -219,7 +219,9 @@ def with_unit_stride(x: Tensor) -> Tensor:
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype of a surrounding torch.autocast, which leaves float64 alone."""
     device = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+    if not torch._C._is_any_autocast_enabled() or device == "meta":  # which has no autocast
+        return tensors
+    if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -35,7 +35,7 @@ class _Block(NamedTuple):
 def _is_plain(
     query: Tensor, key: Tensor, value: Tensor, extras: Extras, pattern: Pattern, scaling: Scaling
 ) -> bool:
-    """Whether aten's flash attention for CPUs computes the call."""
+    """Whether aten's flash attention for CPUs computes the call; it scales what it has hidden."""
     corner = not pattern.causal or not pattern.lower_right or query.shape[2] == key.shape[2]
     return (
         query.is_cpu
@@ -43,6 +43,7 @@ def _is_plain(
         and not pattern.windowed
         and corner
         and not scaling.softcap
+        and scaling.scale > 0
         and query.shape[3] == value.shape[3]
         and key.shape[2] > 0
     )

@@ -101,6 +101,8 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         return reference.forward(*call)  # a kernel on raw memory cannot take part in transforms
     if 0 in query.shape or value.shape[3] == 0:
         return reference.forward(*call)  # an empty result: no kernel needs to know
+    if call.cu_seqlens_q is not None and query.is_meta:
+        return reference.forward(*call)  # there are no lengths for eager to read
     backend = choose(*call)
     if _is_grad_enabled() and (
         query.requires_grad
@@ -109,9 +111,21 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         or (mask is not None and mask.requires_grad)
         or (sinks is not None and sinks.requires_grad)
     ):
-        apply = AttentionFunction.apply if _is_compiling() else _apply
-        return apply(backend, *call)
+        if _is_compiling():
+            return AttentionFunction.apply(backend, *_distinct(call))
+        return _apply(backend, *call)
     return backend.forward(*call)
+
+
+def _distinct(call: Call) -> list[Any]:
+    """The call without one tensor in two places, which torch.compile refuses."""
+    found: list[Any] = []
+    for x in call:
+        if isinstance(x, Tensor) and any(x is y for y in found):
+            found.append(x.view_as(x))
+        else:
+            found.append(x)
+    return found
 
 
 def scaled_dot_product_attention(

@@ -18,83 +18,81 @@ from kernels.attention.pattern import Pattern, Scaling, empty_like_heads
 from kernels.attention.triton_backward import backward
 from kernels.attention.triton_launch import NUMBERS, prepare, unsupported
 from kernels.attention.triton_scores import (
-    FAR,
     LN_2,
     LOG2_E,
-    block_range,
     both,
-    edge_block,
-    global_rank,
     head_side,
     kept,
     load_rows,
-    own_block,
+    products,
     scores,
-    seen,
-    sequence,
     store_rows,
 )
+from kernels.attention.triton_walk import FAR, global_rank, own_block, seen, sequence, walk
 
 __all__ = ["backward", "forward", "unsupported"]
 
 
 # Per architecture, first match wins: (largest bytes of an element, largest BLOCK_D, 1 where the row
-# is for plain calls only, BLOCK_M, BLOCK_N, num_warps, num_stages).  Chosen by what the compilers
-# report, not timed: the largest tile whose loops fit the registers.
+# is for plain calls only, BLOCK_M, BLOCK_N, num_warps, num_stages, columns that `products` takes at
+# a time, or 0: all).  Chosen by what the compilers report, not timed: the largest tile whose loops
+# fit the registers.  float32 is multiplied as tf32x3, which holds every operand twice: from 128
+# columns on only slices of it fit.
 TILES = {
     "sm_80": (
-        (2, 64, 1, 128, 64, 8, 3),  # with 4 warps 24 bytes spill
-        (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
-        (2, 128, 1, 128, 32, 4, 3),  # the widest that fits: with 64 keys 16 to 64 bytes spill
-        (2, 128, 0, 64, 32, 4, 1),
-        (2, 256, 0, 64, 32, 8, 1),  # dropout's and the mask's registers beside acc's
-        (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice in registers
-        (4, 128, 0, 32, 32, 4, 1),
-        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
+        (2, 64, 1, 128, 64, 8, 3, 0),  # with 4 warps 24 bytes spill
+        (2, 64, 0, 64, 32, 4, 2, 0),  # masks, tanh and Philox take registers
+        (2, 128, 1, 128, 32, 4, 3, 0),  # the widest that fits: with 64 keys 16 to 64 bytes spill
+        (2, 128, 0, 64, 32, 4, 1, 0),
+        (2, 256, 0, 64, 32, 8, 1, 0),  # dropout's and the mask's registers beside acc's
+        (4, 64, 0, 32, 32, 4, 1, 0),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 32, 32, 8, 1, 32),
+        (4, 256, 0, 16, 32, 8, 1, 32),
     ),
     "sm_86": (
-        (2, 64, 1, 128, 64, 8, 3),  # with 4 warps 24 bytes spill
-        (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
-        (2, 128, 0, 64, 32, 4, 2),  # 64 keys spill 8 bytes; 36 KiB, so 2 blocks in 99
-        (2, 256, 0, 64, 32, 8, 1),  # dropout's and the mask's registers beside acc's
-        (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice in registers
-        (4, 128, 0, 32, 32, 4, 1),
-        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
+        (2, 64, 1, 128, 64, 8, 3, 0),  # with 4 warps 24 bytes spill
+        (2, 64, 0, 64, 32, 4, 2, 0),  # masks, tanh and Philox take registers
+        (2, 128, 0, 64, 32, 4, 2, 0),  # 64 keys spill 8 bytes; 36 KiB, so 2 blocks in 99
+        (2, 256, 0, 64, 32, 8, 1, 0),  # dropout's and the mask's registers beside acc's
+        (4, 64, 0, 32, 32, 4, 1, 0),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 32, 32, 8, 1, 32),
+        (4, 256, 0, 16, 32, 8, 1, 32),
     ),
     "sm_90": (
-        (2, 64, 1, 128, 128, 8, 2),  # two warp groups; one block at 255 registers
-        (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
-        (2, 128, 1, 128, 64, 8, 3),  # 128 keys spill 416 bytes; 3 stages fit 227 KiB
-        (2, 128, 0, 64, 32, 4, 2),
-        (2, 256, 1, 128, 32, 8, 2),  # 64 keys spill 112 bytes
-        (2, 256, 0, 64, 32, 8, 1),
-        (4, 64, 1, 128, 32, 8, 2),  # tf32x3 holds every operand twice: 64 keys spill
-        (4, 64, 0, 32, 32, 4, 1),
-        (4, 128, 0, 16, 32, 4, 1),  # 32 queries spill 16 bytes
-        (4, 256, 0, 16, 32, 4, 1),  # spills: operands of 256 columns, twice
+        (2, 64, 1, 128, 128, 8, 2, 0),  # two warp groups; one block at 255 registers
+        (2, 64, 0, 64, 32, 4, 2, 0),  # masks, tanh and Philox take registers
+        (2, 128, 1, 128, 64, 8, 3, 0),  # 128 keys spill 416 bytes; 3 stages fit 227 KiB
+        (2, 128, 0, 64, 32, 4, 2, 0),
+        (2, 256, 1, 128, 32, 8, 2, 0),  # 64 keys spill 112 bytes
+        (2, 256, 0, 64, 32, 8, 1, 0),
+        (4, 64, 1, 128, 32, 8, 2, 0),  # tf32x3 holds every operand twice: 64 keys spill
+        (4, 64, 0, 32, 32, 4, 1, 0),
+        (4, 128, 0, 32, 32, 8, 1, 32),
+        (4, 256, 0, 16, 32, 8, 1, 32),
     ),
     "sm_100": (
-        (2, 64, 1, 128, 128, 8, 2),  # two warp groups; one block at 255 registers
-        (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
-        (2, 128, 1, 128, 64, 8, 3),  # 128 keys spill 416 bytes; 3 stages fit 227 KiB
-        (2, 128, 0, 64, 32, 4, 2),
-        (2, 256, 1, 128, 32, 8, 2),  # 64 keys spill 112 bytes
-        (2, 256, 0, 64, 32, 8, 1),
-        (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice: 128 queries spill
-        (4, 128, 0, 16, 32, 4, 1),  # 32 queries spill 16 bytes
-        (4, 256, 0, 16, 32, 4, 1),  # spills: operands of 256 columns, twice
+        (2, 64, 1, 128, 128, 8, 2, 0),  # two warp groups; one block at 255 registers
+        (2, 64, 0, 64, 32, 4, 2, 0),  # masks, tanh and Philox take registers
+        (2, 128, 1, 128, 64, 8, 3, 0),  # 128 keys spill 416 bytes; 3 stages fit 227 KiB
+        (2, 128, 0, 64, 32, 4, 2, 0),
+        (2, 256, 1, 128, 32, 8, 2, 0),  # 64 keys spill 112 bytes
+        (2, 256, 0, 64, 32, 8, 1, 0),
+        (4, 64, 0, 32, 32, 4, 1, 0),  # tf32x3 holds every operand twice: 128 queries spill
+        (4, 128, 0, 32, 32, 8, 1, 32),
+        (4, 256, 0, 16, 32, 8, 1, 32),
     ),
     "gfx942": (
-        (2, 64, 1, 128, 64, 4, 1),  # 64 KiB of LDS hold K and V of two blocks
-        (2, 64, 0, 64, 32, 4, 1),
-        (2, 128, 1, 64, 64, 4, 1),
-        (2, 128, 0, 64, 32, 4, 1),
-        (2, 256, 0, 32, 32, 4, 1),
-        (4, 128, 0, 32, 32, 4, 1),
-        (4, 256, 0, 16, 32, 4, 1),
+        (2, 64, 1, 128, 64, 4, 1, 0),  # 64 KiB of LDS hold K and V of two blocks
+        (2, 64, 0, 64, 32, 4, 1, 0),
+        (2, 128, 1, 64, 64, 4, 1, 0),
+        (2, 128, 0, 64, 32, 4, 1, 0),
+        (2, 256, 0, 32, 32, 4, 1, 0),
+        (4, 128, 0, 32, 32, 4, 1, 32),
+        (4, 256, 0, 16, 32, 4, 1, 32),
     ),
     "interpreter": (
-        (4, 256, 0, 32, 32, 4, 1),  # few positions walk through every loop
+        (4, 16, 0, 32, 32, 4, 1, 0),  # few positions walk through every loop
+        (4, 256, 0, 32, 32, 4, 1, 16),
     ),
 }
 
@@ -102,31 +100,29 @@ TILES = {
 @triton.jit
 def _attend(
     state,  # acc [BLOCK_M, BLOCK_DV]; m, l [BLOCK_M]: largest score, sum of 2**(score - m)
-    q,  # [BLOCK_M, BLOCK_D]
-    k_side,
-    v_side,
-    rows,  # i [BLOCK_M]
-    rows_valid,
-    keys,  # j [BLOCK_N]
-    keys_valid,  # None in a plain block
+    fixed,
+    mask_ptr,
+    slope,
+    seed,
     first_key,
-    visible,  # [BLOCK_M, BLOCK_N], or None in a plain block
-    mask_ptr,  # of the head, or None
-    slope,  # of ALiBi as a power of two, or None
-    features,
-    seed,  # of dropout, or None
-    dropout,
+    keys,  # of the block: see walk
+    keys_valid,  # None in a plain block
+    listed,
     SCORES: tl.constexpr,
-    GATHERED: tl.constexpr,
+    GLOBALS: tl.constexpr,
     WHOLE: tl.constexpr,
     WIDE: tl.constexpr,
+    SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One step of the online softmax (Milakov & Gimelshein, 2018): one block of keys."""
     acc, m_i, l_i = state
+    queries, k_side, v_side, sight, features, dropout = fixed
+    rows, rows_valid = queries[3], queries[4]
     k = load_rows(k_side, first_key, keys, keys_valid, WHOLE, WIDE)
-    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if SCORES == 0 and visible is None:
+    block = k, k_side, first_key, keys
+    qk = products(queries, block, keys_valid, WHOLE, WIDE, SLICE, PRECISION)
+    if SCORES == 0 and keys_valid is None:
         scale = features[1]
         m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
         p = tl.exp2(tl.fma(qk, scale, -m_new[:, None]))
@@ -134,6 +130,9 @@ def _attend(
     else:
         valid = both(rows_valid, keys_valid)
         i, j = rows[:, None], keys[None, :]
+        visible = None
+        if keys_valid is not None:
+            visible = seen(i, j, sight, listed, GLOBALS) & keys_valid[None, :]
         s, _ = scores(qk, i, j, valid, visible, mask_ptr, slope, features, SCORES == 2)
         m_new = tl.maximum(m_i, tl.max(s, 1))
         finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # of a row that saw nothing yet
@@ -141,7 +140,7 @@ def _attend(
         shrink = tl.exp2(m_i - finite)
     l_i = l_i * shrink + tl.sum(p, 1)
     if seed is not None:
-        p = tl.where(kept(seed, dropout, rows, keys, first_key, GATHERED, False), p, 0.0)
+        p = tl.where(kept(seed, dropout, rows, keys, first_key, GLOBALS, False), p, 0.0)
     v = load_rows(v_side, first_key, keys, keys_valid, WHOLE, WIDE)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, m_new, l_i
@@ -167,21 +166,16 @@ def _forward_kernel(
     lower_right, left, right, future, global_tokens, scale, cap, threshold, keep_factor,
     VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WHOLE: tl.constexpr,
-    SCORES: tl.constexpr, GLOBALS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SCORES: tl.constexpr, GLOBALS: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     block = programs - 1 - program % programs  # under a causal mask the longest come first
     number = program // programs  # of the sequence and head: b H + h
     b, h = (number // heads).to(tl.int64), number % heads
-    batch, first_q, first_k, length_q, length_k = b, 0, 0, rows_q, rows_k
-    if cu_q_ptr is not None:
-        batch = 0
-        first_q, length_q = sequence(cu_q_ptr, b)
-        first_k, length_k = sequence(cu_k_ptr, b)
-    offset = lower_right * (length_k - length_q)
-    if rank_ptr is not None:
-        list_ptr += b * rows_k
-        rank_ptr += b * (rows_k + 1)
+    batch, first_q, first_k, length_q, length_k, offset, list_ptr, rank_ptr = sequence(
+        b, cu_q_ptr, cu_k_ptr, list_ptr, rank_ptr, rows_q, rows_k, lower_right
+    )
     rows, rows_valid, stored, first, last, listed = own_block(
         block, blocks, offset, length_q, list_ptr, rank_ptr, global_tokens, length_k,
         BLOCK_M, GLOBALS,
@@ -189,9 +183,12 @@ def _forward_kernel(
     if first > last:
         return
     first, last = first + offset, last + offset  # positions
+    count = 0
     if GLOBALS:
         left = tl.where(listed, FAR, left)
         right = tl.where(listed, future, right)
+        reach = tl.minimum(tl.maximum(last + future + 1, 0), length_k)
+        count = global_rank(rank_ptr, reach, global_tokens, length_k)
 
     strides_q, strides_k = (stride_qb, stride_qh, stride_qm), (stride_kb, stride_kh, stride_kn)
     strides_v, strides_o = (stride_vb, stride_vh, stride_vn), (stride_ob, stride_oh, stride_om)
@@ -208,41 +205,21 @@ def _forward_kernel(
     seed = seed_ptr
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    dropout = number, threshold
     q = load_rows(q_side, block * BLOCK_M, rows, rows_valid, WHOLE, WIDE)
+    queries = q, q_side, block * BLOCK_M, rows, rows_valid
+    sight = offset, left, right, future
+    fixed = queries, k_side, v_side, sight, features, (number, threshold)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E
         m_i, l_i = l_i + sink, l_i + tl.where(sink == float("-inf"), 0.0, 1.0)
-
-    begin, plain_begin, plain_end, end = block_range(first, last, left, right, length_k, BLOCK_N)
-    for block_n in range(plain_begin, plain_end):
-        keys = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc, m_i, l_i = _attend(
-            (acc, m_i, l_i), q, k_side, v_side, rows, rows_valid, keys, None,
-            block_n * BLOCK_N, None, mask_ptr, slope, features, seed, dropout,
-            SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
-        )  # fmt: skip
-    edges = plain_begin - begin + end - plain_end
-    steps, count = edges, 0
-    if GLOBALS:
-        reach = tl.minimum(tl.maximum(last + future + 1, 0), length_k)
-        count = global_rank(rank_ptr, reach, global_tokens, length_k)
-        steps += tl.where(listed, 0, tl.cdiv(count, BLOCK_N))
-    for step in range(steps):
-        keys, keys_valid, first_key, from_list = edge_block(
-            step, begin, plain_begin, plain_end, edges, 0, count, length_k, list_ptr, 0,
-            BLOCK_N, GLOBALS,
-        )  # fmt: skip
-        distance = keys[None, :] - offset - rows[:, None]
-        visible = seen(distance, left, right, future, from_list, GLOBALS) & keys_valid[None, :]
-        acc, m_i, l_i = _attend(
-            (acc, m_i, l_i), q, k_side, v_side, rows, rows_valid, keys, keys_valid,
-            first_key, visible, mask_ptr, slope, features, seed, dropout,
-            SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
-        )  # fmt: skip
+    acc, m_i, l_i = walk(
+        _attend, (acc, m_i, l_i), fixed, mask_ptr, slope, seed, (first, last), (left, right),
+        length_k, listed, (0, count), list_ptr, 0,
+        BLOCK_N, SCORES, GLOBALS, WHOLE, WIDE, SLICE, PRECISION,
+    )  # fmt: skip
 
     acc *= (keep_factor / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
     store_rows(out_side, block * BLOCK_M, rows, stored, acc, WHOLE, WIDE)

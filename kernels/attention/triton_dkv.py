@@ -10,121 +10,118 @@ import triton.language as tl
 
 from kernels.attention.triton_launch import NUMBERS
 from kernels.attention.triton_scores import (
-    FAR,
     LOG2_E,
-    block_range,
     both,
-    edge_block,
-    global_rank,
     head_side,
     kept,
     load_rows,
-    own_block,
+    products,
     row_statistics,
-    seen,
-    sequence,
     store_rows,
     weights,
 )
+from kernels.attention.triton_walk import FAR, global_rank, own_block, seen, sequence, walk
 
 # As in triton.py.
 TILES = {
     "sm_80": (
-        (2, 64, 1, 32, 128, 8, 2),  # 64 queries spill 64 bytes
-        (2, 64, 0, 16, 64, 4, 1),  # masks, tanh and Philox take registers
-        (2, 128, 1, 64, 64, 8, 2),  # 128 keys spill 112 bytes
-        (2, 128, 0, 32, 64, 8, 1),
-        (2, 256, 0, 16, 32, 8, 1),  # dk and dv alone take 64 registers; with 4 warps 128
-        (4, 64, 0, 16, 32, 4, 1),  # tf32x3 holds every operand twice in registers
-        (4, 128, 0, 16, 32, 8, 1),
-        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
+        (2, 64, 1, 32, 128, 8, 2, 0),  # 64 queries spill 64 bytes
+        (2, 64, 0, 16, 64, 4, 1, 0),  # masks, tanh and Philox take registers
+        (2, 128, 1, 64, 64, 8, 2, 0),  # 128 keys spill 112 bytes
+        (2, 128, 0, 32, 64, 8, 1, 0),
+        (2, 256, 0, 16, 32, 8, 1, 0),  # dk and dv alone take 64 registers; with 4 warps 128
+        (4, 64, 0, 16, 32, 4, 1, 0),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 16, 32, 8, 1, 32),
+        (4, 256, 0, 16, 16, 8, 1, 32),  # 32 keys spill 8 bytes and more
     ),
     "sm_86": (
-        (2, 64, 1, 32, 128, 8, 2),  # 64 queries spill 64 bytes
-        (2, 64, 0, 16, 64, 4, 1),  # masks, tanh and Philox take registers
-        (2, 128, 0, 32, 64, 8, 1),  # 171 registers, 56 KiB
-        (2, 256, 0, 16, 32, 8, 1),  # dk and dv alone take 64 registers; with 4 warps 128
-        (4, 64, 0, 16, 32, 4, 1),  # tf32x3 holds every operand twice in registers
-        (4, 128, 0, 16, 32, 8, 1),
-        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
+        (2, 64, 1, 32, 128, 8, 2, 0),  # 64 queries spill 64 bytes
+        (2, 64, 0, 16, 64, 4, 1, 0),  # masks, tanh and Philox take registers
+        (2, 128, 0, 32, 64, 8, 1, 0),  # 171 registers, 56 KiB
+        (2, 256, 0, 16, 32, 8, 1, 0),  # dk and dv alone take 64 registers; with 4 warps 128
+        (4, 64, 0, 16, 32, 4, 1, 0),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 16, 32, 8, 1, 32),
+        (4, 256, 1, 16, 32, 8, 1, 32),
+        (4, 256, 0, 16, 16, 8, 1, 32),  # with features 32 keys spill 8 to 88 bytes
     ),
     "sm_90": (
-        (2, 64, 1, 32, 128, 8, 2),  # two warp groups of 64 keys; 64 queries spill 88 bytes
-        (2, 64, 0, 16, 64, 4, 1),  # masks, tanh and Philox take registers
-        (2, 128, 1, 32, 128, 8, 1),  # a second stage spills 16 bytes
-        (2, 128, 0, 32, 64, 8, 1),
-        (2, 256, 0, 16, 32, 8, 1),  # dk and dv alone take 64 registers; with 4 warps 128
-        (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice in registers
-        (4, 128, 0, 16, 32, 8, 1),
-        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
+        (2, 64, 1, 32, 128, 8, 2, 0),  # two warp groups of 64 keys; 64 queries spill 88 bytes
+        (2, 64, 0, 16, 64, 4, 1, 0),  # masks, tanh and Philox take registers
+        (2, 128, 1, 32, 128, 8, 1, 0),  # a second stage spills 16 bytes
+        (2, 128, 0, 32, 64, 8, 1, 0),
+        (2, 256, 0, 16, 32, 8, 1, 0),  # dk and dv alone take 64 registers; with 4 warps 128
+        (4, 64, 0, 32, 32, 4, 1, 0),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 16, 32, 8, 1, 32),
+        (4, 256, 1, 16, 32, 8, 1, 32),
+        (4, 256, 0, 16, 16, 8, 1, 32),  # with features 32 keys spill 8 to 88 bytes
     ),
     "sm_100": (
-        (2, 64, 1, 32, 128, 8, 2),  # two warp groups of 64 keys; 64 queries spill 88 bytes
-        (2, 64, 0, 16, 64, 4, 1),  # masks, tanh and Philox take registers
-        (2, 128, 1, 32, 128, 8, 1),  # a second stage spills 16 bytes
-        (2, 128, 0, 32, 64, 8, 1),
-        (2, 256, 0, 16, 32, 8, 1),  # dk and dv alone take 64 registers; with 4 warps 128
-        (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice in registers
-        (4, 128, 0, 16, 32, 8, 1),
-        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
+        (2, 64, 1, 32, 128, 8, 2, 0),  # two warp groups of 64 keys; 64 queries spill 88 bytes
+        (2, 64, 0, 16, 64, 4, 1, 0),  # masks, tanh and Philox take registers
+        (2, 128, 1, 32, 128, 8, 1, 0),  # a second stage spills 16 bytes
+        (2, 128, 0, 32, 64, 8, 1, 0),
+        (2, 256, 0, 16, 32, 8, 1, 0),  # dk and dv alone take 64 registers; with 4 warps 128
+        (4, 64, 0, 32, 32, 4, 1, 0),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 16, 32, 8, 1, 32),
+        (4, 256, 1, 16, 32, 8, 1, 32),
+        (4, 256, 0, 16, 16, 8, 1, 32),  # with features 32 keys spill 8 to 88 bytes
     ),
     "gfx942": (
-        (2, 64, 1, 64, 64, 4, 1),
-        (2, 64, 0, 16, 64, 4, 1),
-        (2, 128, 0, 32, 64, 4, 1),
-        (2, 256, 0, 16, 32, 4, 1),
-        (4, 128, 0, 16, 32, 4, 1),
-        (4, 256, 0, 16, 32, 4, 1),
+        (2, 64, 1, 64, 64, 4, 1, 0),
+        (2, 64, 0, 16, 64, 4, 1, 0),
+        (2, 128, 0, 32, 64, 4, 1, 0),
+        (2, 256, 0, 16, 32, 4, 1, 0),
+        (4, 128, 0, 16, 32, 4, 1, 32),
+        (4, 256, 0, 16, 32, 4, 1, 32),
     ),
     "interpreter": (
-        (4, 256, 0, 32, 32, 4, 1),  # few positions walk through every loop
+        (4, 16, 0, 32, 32, 4, 1, 0),  # few positions walk through every loop
+        (4, 256, 0, 32, 16, 4, 1, 16),
     ),
 }
 
 
 @triton.jit
 def _add_queries(
-    dk,  # [BLOCK_N, BLOCK_D]
-    dv,  # [BLOCK_N, BLOCK_DV]
-    k,
-    v,
-    keys,
-    keys_valid,
-    q_side,
-    dout_side,
-    lse_ptr,
-    delta_ptr,
+    state,  # dk [BLOCK_N, BLOCK_D], dv [BLOCK_N, BLOCK_DV]
+    fixed,
+    mask_ptr,
+    slope,
+    seed,
     first_row,
-    rows,  # i [BLOCK_M]
+    rows,  # of the block: see walk
     rows_valid,  # None in a plain block
-    first_key,
-    visible,  # [BLOCK_N, BLOCK_M], or None in a plain block
-    mask_ptr,  # of the head, or None
-    slope,  # of ALiBi as a power of two, or None
-    features,
-    seed,  # of dropout, or None
-    dropout,
-    keep_factor,
+    listed,
     SCORES: tl.constexpr,
-    GATHERED: tl.constexpr,
+    GLOBALS: tl.constexpr,
     WHOLE: tl.constexpr,
     WIDE: tl.constexpr,
+    SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One block of queries; tiles are [keys, queries], so that p and ds are left operands."""
-    q = load_rows(q_side, first_row, rows, rows_valid, WHOLE, WIDE)
-    dout = load_rows(dout_side, first_row, rows, rows_valid, WHOLE, WIDE)
-    lse, rest, delta = row_statistics(lse_ptr, delta_ptr, rows, rows_valid)
+    dk, dv = state
+    own_k, own_v, sides, pointers, sight, features, dropout = fixed
+    first_key, keys, keys_valid = own_k[2], own_k[3], own_k[4]
+    q = load_rows(sides[0], first_row, rows, rows_valid, WHOLE, WIDE)
+    dout = load_rows(sides[1], first_row, rows, rows_valid, WHOLE, WIDE)
+    q_block, dout_block = (q, sides[0], first_row, rows), (dout, sides[1], first_row, rows)
+    i, j = rows[None, :], keys[:, None]
+    visible = None
+    if rows_valid is not None:
+        visible = seen(i, j, sight, listed, GLOBALS) & rows_valid[None, :]
+    lse, rest, delta = row_statistics(pointers[0], pointers[1], rows, rows_valid)
     rest = rest[None, :] if q.dtype == tl.float32 else None
     p, growth = weights(
-        tl.dot(k, tl.trans(q), input_precision=PRECISION), lse[None, :], rest,
-        rows[None, :], keys[:, None], both(keys_valid, rows_valid), visible,
-        mask_ptr, slope, features, SCORES,
+        products(own_k, q_block, rows_valid, WHOLE, WIDE, SLICE, PRECISION),
+        lse[None, :], rest, i, j, both(keys_valid, rows_valid), visible, mask_ptr, slope, features,
+        SCORES,
     )  # fmt: skip
-    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    dp = products(own_v, dout_block, rows_valid, WHOLE, WIDE, SLICE, PRECISION)
     dropped = p
+    number, threshold, keep_factor = dropout
     if seed is not None:
-        keep = kept(seed, dropout, rows, keys, first_key, GATHERED, True)
+        keep = kept(seed, (number, threshold), rows, keys, first_key, GLOBALS, True)
         dropped = tl.where(keep, p * keep_factor, 0.0)
         dp = tl.where(keep, dp * keep_factor, 0.0)
     dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -156,29 +153,28 @@ def dkv_kernel(
     future, global_tokens, scale, cap, softmax_scale, threshold, keep_factor,
     VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WHOLE: tl.constexpr,
-    SCORES: tl.constexpr, GLOBALS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SCORES: tl.constexpr, GLOBALS: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     block = (blocks + program % programs) % programs  # keys at global positions take longest
     number, kv_heads = program // programs, heads // group
     b, h_kv = (number // kv_heads).to(tl.int64), number % kv_heads
-    batch, first_q, first_k, length_q, length_k = b, 0, 0, rows_q, rows_k
-    if cu_q_ptr is not None:
-        batch = 0
-        first_q, length_q = sequence(cu_q_ptr, b)
-        first_k, length_k = sequence(cu_k_ptr, b)
-    offset = lower_right * (length_k - length_q)
-    if rank_ptr is not None:
-        list_ptr += b * rows_k
-        rank_ptr += b * (rows_k + 1)
+    batch, first_q, first_k, length_q, length_k, offset, list_ptr, rank_ptr = sequence(
+        b, cu_q_ptr, cu_k_ptr, list_ptr, rank_ptr, rows_q, rows_k, lower_right
+    )
     keys, keys_valid, stored, first, last, listed = own_block(
         block, blocks, 0, length_k, list_ptr, rank_ptr, global_tokens, length_k, BLOCK_N, GLOBALS
     )
     if first > last:
         return
+    entry, count = 0, 0
     if GLOBALS:
         left = tl.where(listed, FAR, left)
         right = tl.where(listed, future, right)
+        reach = tl.minimum(tl.maximum(first - future, 0), length_k)
+        entry = global_rank(rank_ptr, reach, global_tokens, length_k)
+        count = global_rank(rank_ptr, length_k, global_tokens, length_k)
 
     strides_q, strides_do = (stride_qb, stride_qh, stride_qm), (stride_dob, stride_doh, stride_dom)
     strides_k, strides_v = (stride_kb, stride_kh, stride_kn), (stride_vb, stride_vh, stride_vn)
@@ -187,21 +183,17 @@ def dkv_kernel(
     first_key = block * BLOCK_N
     k = load_rows(k_side, first_key, keys, keys_valid, WHOLE, WIDE)
     v = load_rows(v_side, first_key, keys, keys_valid, WHOLE, WIDE)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    own_k, own_v = (
+        (k, k_side, first_key, keys, keys_valid),
+        (v, v_side, first_key, keys, keys_valid),
+    )
     seed = seed_ptr
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    begin, plain_begin, plain_end, end = block_range(
-        first - offset, last - offset, right, left, length_q, BLOCK_M
-    )
-    edges = plain_begin - begin + end - plain_end
-    steps, entry, count = edges, 0, 0
-    if GLOBALS:
-        reach = tl.minimum(tl.maximum(first - future, 0), length_k)
-        entry = global_rank(rank_ptr, reach, global_tokens, length_k)
-        count = global_rank(rank_ptr, length_k, global_tokens, length_k)
-        steps += tl.where(listed, 0, tl.cdiv(count - entry, BLOCK_M))
+    features = offset, scale, cap, stride_mask_m, stride_mask_n
+    sight = offset, left, right, future
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(group):
         h = h_kv * group + member
         q_side = head_side(q_ptr, strides_q, batch, h, first_q, head_dim, BLOCK_D, VEC)
@@ -211,28 +203,17 @@ def dkv_kernel(
             slope = tl.load(slopes_ptr + b * stride_sb + h * stride_sh) * LOG2_E
         if mask_ptr is not None:
             own_mask_ptr = mask_ptr + b * stride_mask_b + h.to(tl.int64) * stride_mask_h
-        features = offset, scale, cap, stride_mask_m, stride_mask_n
-        dropout = (b * heads + h).to(tl.int32), threshold
         own = (batch * heads + h.to(tl.int64)) * rows_q + first_q
-        for block_m in range(plain_begin, plain_end):
-            rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-            dk, dv = _add_queries(
-                dk, dv, k, v, keys, keys_valid, q_side, dout_side, lse_ptr + own, delta_ptr + own,
-                block_m * BLOCK_M, rows, None, first_key, None, own_mask_ptr, slope, features,
-                seed, dropout, keep_factor, SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
-            )  # fmt: skip
-        for step in range(steps):
-            rows, rows_valid, first_row, from_list = edge_block(
-                step, begin, plain_begin, plain_end, edges, entry, count, length_q, list_ptr,
-                offset, BLOCK_M, GLOBALS,
-            )  # fmt: skip
-            distance = keys[:, None] - offset - rows[None, :]
-            visible = seen(distance, left, right, future, from_list, GLOBALS) & rows_valid[None, :]
-            dk, dv = _add_queries(
-                dk, dv, k, v, keys, keys_valid, q_side, dout_side, lse_ptr + own, delta_ptr + own,
-                first_row, rows, rows_valid, first_key, visible, own_mask_ptr, slope, features,
-                seed, dropout, keep_factor, SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
-            )  # fmt: skip
+        dropout = (b * heads + h).to(tl.int32), threshold, keep_factor
+        fixed = (
+            own_k, own_v, (q_side, dout_side), (lse_ptr + own, delta_ptr + own), sight,
+            features, dropout,
+        )  # fmt: skip
+        dk, dv = walk(
+            _add_queries, (dk, dv), fixed, own_mask_ptr, slope, seed,
+            (first - offset, last - offset), (right, left), length_q, listed, (entry, count),
+            list_ptr, offset, BLOCK_M, SCORES, GLOBALS, WHOLE, WIDE, SLICE, PRECISION,
+        )  # fmt: skip
     strides_dk = stride_dkb, stride_dkh, stride_dkn
     strides_dv = stride_dvb, stride_dvh, stride_dvn
     dk_side = head_side(dk_ptr, strides_dk, batch, h_kv, first_k, head_dim, BLOCK_D, VEC)

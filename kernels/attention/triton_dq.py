@@ -7,73 +7,69 @@ import triton.language as tl
 
 from kernels.attention.triton_launch import NUMBERS
 from kernels.attention.triton_scores import (
-    FAR,
     LOG2_E,
-    block_range,
     both,
-    edge_block,
-    global_rank,
     head_side,
     kept,
     load_rows,
-    own_block,
+    products,
     row_statistics,
-    seen,
-    sequence,
     store_rows,
     weights,
 )
+from kernels.attention.triton_walk import FAR, global_rank, own_block, seen, sequence, walk
 
 # As in triton.py.
 TILES = {
     "sm_80": (
-        (2, 64, 1, 64, 64, 4, 2),  # 214 registers: 2 blocks
-        (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
-        (2, 128, 1, 64, 32, 4, 1),
-        (2, 128, 0, 64, 32, 8, 1),
-        (2, 256, 0, 64, 32, 8, 1),
-        (4, 64, 0, 32, 32, 4, 1),  # tf32x3 holds every operand twice in registers
-        (4, 128, 0, 16, 32, 4, 1),
-        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
+        (2, 64, 1, 64, 64, 4, 2, 0),  # 214 registers: 2 blocks
+        (2, 64, 0, 64, 32, 4, 2, 0),  # masks, tanh and Philox take registers
+        (2, 128, 1, 64, 32, 4, 1, 0),
+        (2, 128, 0, 64, 32, 8, 1, 0),
+        (2, 256, 0, 64, 32, 8, 1, 0),
+        (4, 64, 0, 32, 32, 4, 1, 0),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 32, 32, 8, 1, 32),
+        (4, 256, 0, 16, 32, 8, 1, 32),
     ),
     "sm_86": (
-        (2, 64, 1, 64, 64, 4, 2),  # 214 registers: 2 blocks
-        (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
-        (2, 128, 1, 64, 32, 4, 1),
-        (2, 128, 0, 64, 32, 8, 1),
-        (2, 256, 0, 64, 32, 8, 1),
-        (4, 64, 0, 16, 32, 4, 1),  # tf32x3 holds every operand twice in registers
-        (4, 128, 0, 16, 32, 4, 1),
-        (4, 256, 0, 16, 32, 8, 1),  # spills: operands of 256 columns, twice
+        (2, 64, 1, 64, 64, 4, 2, 0),  # 214 registers: 2 blocks
+        (2, 64, 0, 64, 32, 4, 2, 0),  # masks, tanh and Philox take registers
+        (2, 128, 1, 64, 32, 4, 1, 0),
+        (2, 128, 0, 64, 32, 8, 1, 0),
+        (2, 256, 0, 64, 32, 8, 1, 0),
+        (4, 64, 0, 16, 32, 4, 1, 0),  # tf32x3 holds every operand twice in registers
+        (4, 128, 0, 32, 32, 8, 1, 32),
+        (4, 256, 0, 16, 32, 8, 1, 32),
     ),
     "sm_90": (
-        (2, 128, 1, 128, 64, 8, 2),  # two warp groups; 183 and 253 registers
-        (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
-        (2, 128, 0, 64, 32, 8, 1),
-        (2, 256, 0, 64, 32, 8, 2),  # 64 keys spill
-        (4, 64, 1, 128, 32, 8, 2),  # 64 keys spill 8 bytes
-        (4, 64, 0, 32, 32, 4, 1),
-        (4, 128, 0, 16, 32, 4, 1),  # 32 queries spill 112 bytes
-        (4, 256, 0, 16, 32, 4, 1),  # spills: operands of 256 columns, twice
+        (2, 128, 1, 128, 64, 8, 2, 0),  # two warp groups; 183 and 253 registers
+        (2, 64, 0, 64, 32, 4, 2, 0),  # masks, tanh and Philox take registers
+        (2, 128, 0, 64, 32, 8, 1, 0),
+        (2, 256, 0, 64, 32, 8, 2, 0),  # 64 keys spill
+        (4, 64, 1, 128, 32, 8, 2, 0),  # 64 keys spill 8 bytes
+        (4, 64, 0, 32, 32, 4, 1, 0),
+        (4, 128, 0, 32, 32, 8, 1, 32),
+        (4, 256, 0, 16, 32, 8, 1, 32),
     ),
     "sm_100": (
-        (2, 128, 1, 128, 64, 8, 2),  # two warp groups; 183 and 253 registers
-        (2, 64, 0, 64, 32, 4, 2),  # masks, tanh and Philox take registers
-        (2, 128, 0, 64, 32, 8, 1),
-        (2, 256, 0, 64, 32, 8, 2),  # 64 keys spill
-        (4, 64, 0, 16, 32, 4, 1),  # 32 queries spill 48 bytes
-        (4, 128, 0, 16, 32, 4, 1),  # 32 queries spill 112 bytes
-        (4, 256, 0, 16, 32, 4, 1),  # spills: operands of 256 columns, twice
+        (2, 128, 1, 128, 64, 8, 2, 0),  # two warp groups; 183 and 253 registers
+        (2, 64, 0, 64, 32, 4, 2, 0),  # masks, tanh and Philox take registers
+        (2, 128, 0, 64, 32, 8, 1, 0),
+        (2, 256, 0, 64, 32, 8, 2, 0),  # 64 keys spill
+        (4, 64, 0, 16, 32, 4, 1, 0),  # 32 queries spill 48 bytes
+        (4, 128, 0, 32, 32, 8, 1, 32),
+        (4, 256, 0, 16, 32, 8, 1, 32),
     ),
     "gfx942": (
-        (2, 64, 1, 64, 64, 4, 1),
-        (2, 128, 0, 64, 32, 4, 1),
-        (2, 256, 0, 32, 32, 4, 1),
-        (4, 128, 0, 32, 32, 4, 1),
-        (4, 256, 0, 16, 32, 4, 1),
+        (2, 64, 1, 64, 64, 4, 1, 0),
+        (2, 128, 0, 64, 32, 4, 1, 0),
+        (2, 256, 0, 32, 32, 4, 1, 0),
+        (4, 128, 0, 32, 32, 4, 1, 32),
+        (4, 256, 0, 16, 32, 4, 1, 32),
     ),
     "interpreter": (
-        (4, 256, 0, 32, 32, 4, 1),  # few positions walk through every loop
+        (4, 16, 0, 32, 32, 4, 1, 0),  # few positions walk through every loop
+        (4, 256, 0, 32, 32, 4, 1, 16),
     ),
 }
 
@@ -81,41 +77,41 @@ TILES = {
 @triton.jit
 def _add_keys(
     dq,  # [BLOCK_M, BLOCK_D]
-    q,
-    dout,
-    statistics,  # of the queries [BLOCK_M, 1]: see row_statistics
-    rows,  # i [BLOCK_M]
-    rows_valid,
-    k_side,
-    v_side,
-    keys,  # j [BLOCK_N]
-    keys_valid,  # None in a plain block
+    fixed,
+    mask_ptr,
+    slope,
+    seed,
     first_key,
-    visible,  # [BLOCK_M, BLOCK_N], or None in a plain block
-    mask_ptr,  # of the head, or None
-    slope,  # of ALiBi as a power of two, or None
-    features,
-    seed,  # of dropout, or None
-    dropout,
-    keep_factor,
+    keys,  # of the block: see walk
+    keys_valid,  # None in a plain block
+    listed,
     SCORES: tl.constexpr,
-    GATHERED: tl.constexpr,
+    GLOBALS: tl.constexpr,
     WHOLE: tl.constexpr,
     WIDE: tl.constexpr,
+    SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One block of keys."""
+    queries, douts, statistics, k_side, v_side, sight, features, dropout = fixed
+    rows, rows_valid = queries[3], queries[4]
     k = load_rows(k_side, first_key, keys, keys_valid, WHOLE, WIDE)
     v = load_rows(v_side, first_key, keys, keys_valid, WHOLE, WIDE)
+    k_block, v_block = (k, k_side, first_key, keys), (v, v_side, first_key, keys)
+    i, j = rows[:, None], keys[None, :]
+    visible = None
+    if keys_valid is not None:
+        visible = seen(i, j, sight, listed, GLOBALS) & keys_valid[None, :]
     lse, rest, delta = statistics
-    rest = rest if q.dtype == tl.float32 else None
+    rest = rest if k.dtype == tl.float32 else None
     p, growth = weights(
-        tl.dot(q, tl.trans(k), input_precision=PRECISION), lse, rest, rows[:, None], keys[None, :],
+        products(queries, k_block, keys_valid, WHOLE, WIDE, SLICE, PRECISION), lse, rest, i, j,
         both(rows_valid, keys_valid), visible, mask_ptr, slope, features, SCORES,
     )  # fmt: skip
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    dp = products(douts, v_block, keys_valid, WHOLE, WIDE, SLICE, PRECISION)
+    number, threshold, keep_factor = dropout
     if seed is not None:
-        keep = kept(seed, dropout, rows, keys, first_key, GATHERED, False)
+        keep = kept(seed, (number, threshold), rows, keys, first_key, GLOBALS, False)
         dp = tl.where(keep, dp * keep_factor, 0.0)
     ds = p * (dp - delta) * growth
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -143,21 +139,16 @@ def dq_kernel(
     future, global_tokens, scale, cap, softmax_scale, threshold, keep_factor,
     VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WHOLE: tl.constexpr,
-    SCORES: tl.constexpr, GLOBALS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SCORES: tl.constexpr, GLOBALS: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     block = programs - 1 - program % programs  # under a causal mask the longest come first
     number = program // programs  # of the sequence and head: b H + h
     b, h = (number // heads).to(tl.int64), number % heads
-    batch, first_q, first_k, length_q, length_k = b, 0, 0, rows_q, rows_k
-    if cu_q_ptr is not None:
-        batch = 0
-        first_q, length_q = sequence(cu_q_ptr, b)
-        first_k, length_k = sequence(cu_k_ptr, b)
-    offset = lower_right * (length_k - length_q)
-    if rank_ptr is not None:
-        list_ptr += b * rows_k
-        rank_ptr += b * (rows_k + 1)
+    batch, first_q, first_k, length_q, length_k, offset, list_ptr, rank_ptr = sequence(
+        b, cu_q_ptr, cu_k_ptr, list_ptr, rank_ptr, rows_q, rows_k, lower_right
+    )
     rows, rows_valid, stored, first, last, listed = own_block(
         block, blocks, offset, length_q, list_ptr, rank_ptr, global_tokens, length_k,
         BLOCK_M, GLOBALS,
@@ -165,9 +156,12 @@ def dq_kernel(
     if first > last:
         return
     first, last = first + offset, last + offset  # positions
+    count = 0
     if GLOBALS:
         left = tl.where(listed, FAR, left)
         right = tl.where(listed, future, right)
+        reach = tl.minimum(tl.maximum(last + future + 1, 0), length_k)
+        count = global_rank(rank_ptr, reach, global_tokens, length_k)
 
     strides_q, strides_k = (stride_qb, stride_qh, stride_qm), (stride_kb, stride_kh, stride_kn)
     strides_v, strides_do = (stride_vb, stride_vh, stride_vn), (stride_dob, stride_doh, stride_dom)
@@ -184,40 +178,23 @@ def dq_kernel(
     seed = seed_ptr
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    dropout = number, threshold
     q = load_rows(q_side, block * BLOCK_M, rows, rows_valid, WHOLE, WIDE)
     dout = load_rows(dout_side, block * BLOCK_M, rows, rows_valid, WHOLE, WIDE)
+    queries = q, q_side, block * BLOCK_M, rows, rows_valid
+    douts = dout, dout_side, block * BLOCK_M, rows, rows_valid
     own = (batch * heads + h.to(tl.int64)) * rows_q + first_q
     lse, rest, delta = row_statistics(lse_ptr + own, delta_ptr + own, rows, rows_valid)
     statistics = lse[:, None], rest[:, None], delta[:, None]
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-    begin, plain_begin, plain_end, end = block_range(first, last, left, right, length_k, BLOCK_N)
-    for block_n in range(plain_begin, plain_end):
-        keys = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        dq = _add_keys(
-            dq, q, dout, statistics, rows, rows_valid, k_side, v_side, keys, None,
-            block_n * BLOCK_N, None, mask_ptr, slope, features, seed, dropout, keep_factor,
-            SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
-        )  # fmt: skip
-    edges = plain_begin - begin + end - plain_end
-    steps, count = edges, 0
-    if GLOBALS:
-        reach = tl.minimum(tl.maximum(last + future + 1, 0), length_k)
-        count = global_rank(rank_ptr, reach, global_tokens, length_k)
-        steps += tl.where(listed, 0, tl.cdiv(count, BLOCK_N))
-    for step in range(steps):
-        keys, keys_valid, first_key, from_list = edge_block(
-            step, begin, plain_begin, plain_end, edges, 0, count, length_k, list_ptr, 0,
-            BLOCK_N, GLOBALS,
-        )  # fmt: skip
-        distance = keys[None, :] - offset - rows[:, None]
-        visible = seen(distance, left, right, future, from_list, GLOBALS) & keys_valid[None, :]
-        dq = _add_keys(
-            dq, q, dout, statistics, rows, rows_valid, k_side, v_side, keys, keys_valid,
-            first_key, visible, mask_ptr, slope, features, seed, dropout, keep_factor,
-            SCORES, GLOBALS, WHOLE, WIDE, PRECISION,
-        )  # fmt: skip
+    sight, dropout = (offset, left, right, future), (number, threshold, keep_factor)
+    fixed = (
+        queries, douts, statistics, k_side, v_side, sight, features, dropout
+    )  # fmt: skip
+    dq = walk(
+        _add_keys, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), fixed, mask_ptr, slope, seed,
+        (first, last), (left, right),
+        length_k, listed, (0, count), list_ptr, 0,
+        BLOCK_N, SCORES, GLOBALS, WHOLE, WIDE, SLICE, PRECISION,
+    )  # fmt: skip
 
     strides_dq = stride_dqb, stride_dqh, stride_dqm
     dq_side = head_side(dq_ptr, strides_dq, batch, h, first_q, head_dim, BLOCK_D, VEC)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import _triton
 from kernels.attention.pattern import Pattern, Scaling, dropout_factor, dropout_threshold
-from kernels.attention.triton_scores import FAR, list_globals_kernel
+from kernels.attention.triton_walk import FAR, list_globals_kernel
 
 LARGEST_DIM = 256
 LONGEST = 2**29  # positions and window reaches then add up in 32 bits
@@ -73,7 +73,7 @@ class Call:
             for row in rows
             if size <= row[0] and widest <= row[1] and (self.is_plain or not row[2])
         )
-        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "SLICE")
         return dict(zip(names, found, strict=True))
 
 

@@ -1,7 +1,6 @@
-"""What the Triton attention kernels share on the device: geometry of a block, scores, dropout.
+"""What the Triton attention kernels compute of a tile: products, scores, weights, dropout.
 
-A program owns a block of queries (or of keys) and walks over blocks of the other side.  `i` and `j`
-are a tile's query and key numbers, shaped to broadcast, so every helper serves tiles of
+`i` and `j` are a tile's query and key numbers, shaped to broadcast, so every helper serves tiles of
 [queries, keys] and of [keys, queries].  Scores are powers of two: natural ones times log2(e).
 """
 
@@ -13,14 +12,6 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_E_REST = tl.constexpr(1.92596298909109e-8)  # what rounding LOG2_E to float32 leaves
 LN_2 = tl.constexpr(0.6931471805599453)
-FAR = tl.constexpr(2**30)  # a window that reaches past every position
-
-
-@triton.jit
-def sequence(cu_ptr, number):
-    """(first row, rows) of a packed sequence."""
-    first = tl.load(cu_ptr + number)
-    return first, tl.load(cu_ptr + number + 1) - first
 
 
 @triton.jit
@@ -69,6 +60,12 @@ def load_rows(side, start, rows, valid, WHOLE: tl.constexpr, WIDE: tl.constexpr)
 
 
 @triton.jit
+def columns(side, first, COUNT: tl.constexpr):
+    """A side's columns from `first` on, as a side."""
+    return side[0] + first, side[1], tl.arange(0, COUNT), side[3] - first
+
+
+@triton.jit
 def store_rows(side, start, rows, valid, tile, WHOLE: tl.constexpr, WIDE: tl.constexpr):
     """Writes [rows, BLOCK_D] of one head in the dtype of its pointer, but for rows not valid."""
     inside = valid[:, None] if WHOLE else valid[:, None] & (side[2] < side[3])[None, :]
@@ -77,115 +74,33 @@ def store_rows(side, start, rows, valid, tile, WHOLE: tl.constexpr, WIDE: tl.con
 
 
 @triton.jit
-def block_range(first, last, before, after, length, BLOCK: tl.constexpr):
-    """Blocks of the other side that places first ... last see, each from before to after its own.
-
-    Returns (begin, plain_begin, plain_end, end): blocks begin ... end hold all that any of the
-    places sees, and every place sees all of the plain ones.
-    """
-    low = tl.maximum(first - before, 0)
-    high = tl.minimum(last + after + 1, length)
-    begin = low // BLOCK
-    end = tl.where(low < high, tl.cdiv(high, BLOCK), begin)
-    plain_begin = tl.cdiv(tl.maximum(last - before, 0), BLOCK)
-    plain_end = tl.maximum(tl.minimum(first + after + 1, length), 0) // BLOCK
-    plain_begin = tl.minimum(tl.maximum(plain_begin, begin), end)
-    plain_end = tl.minimum(tl.maximum(plain_end, plain_begin), end)
-    return begin, plain_begin, plain_end, end
-
-
-@triton.jit
-def global_rank(rank_ptr, position, global_tokens, length):
-    """How many global positions are smaller than `position`, which is 0 ... length."""
-    if rank_ptr is None:
-        rank = tl.minimum(tl.minimum(position, global_tokens), length)
-    else:
-        rank = tl.load(rank_ptr + position)
-    return rank
-
-
-@triton.jit
-def global_position(list_ptr, entry, count):
-    """Positions of entries of the ascending list of global positions; past its end, of none."""
-    if list_ptr is None:
-        position = entry
-    else:
-        position = tl.load(list_ptr + entry, mask=entry < count, other=0)
-    return position
-
-
-@triton.jit
-def is_global(rank_ptr, position, global_tokens, length):
-    """Whether positions, of which some may lie outside the sequence, are global ones."""
-    inside = (position >= 0) & (position < length)
-    if rank_ptr is None:
-        chosen = position < global_tokens
-    else:
-        rank = tl.load(rank_ptr + position, mask=inside, other=0)
-        chosen = tl.load(rank_ptr + position + 1, mask=inside, other=0) > rank
-    return inside & chosen
-
-
-@triton.jit
-def own_block(
-    block,
-    blocks,  # of the length; further ones are of the list of global positions
-    offset,  # a row's position is its number + offset
-    length,
-    list_ptr,
-    rank_ptr,
-    global_tokens,
-    length_k,
-    BLOCK: tl.constexpr,
-    GLOBALS: tl.constexpr,
+def products(
+    own,  # of own rows: (what load_rows gave, side, start, rows, valid)
+    other,  # of other rows: the same but for `valid`
+    other_valid,
+    WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
+    SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """The queries or keys a program owns: (rows, valid, stored, first, last, listed).
+    """[own rows, other rows]: each times each.
 
-    Rows at global positions are computed by the programs that own them as `listed`, so the others
-    do not store them.  `first` > `last` where there are none.
+    SLICE: loads that many columns of both at a time, where whole operands do not fit the registers;
+    whole rows that nothing else needs are then never loaded.
     """
-    start = block * BLOCK
-    rows = start + tl.arange(0, BLOCK)
-    valid = rows < length
-    stored, listed = valid, block >= blocks
-    first, last = start, tl.minimum(start + BLOCK, length) - 1
-    if GLOBALS:
-        count = global_rank(rank_ptr, length_k, global_tokens, length_k)
-        entries = rows - blocks * BLOCK
-        gathered = global_position(list_ptr, tl.maximum(entries, 0), count) - offset
-        inside = (entries < count) & (gathered >= 0) & (gathered < length)
-        stored &= ~is_global(rank_ptr, rows + offset, global_tokens, length_k)
-        stored = tl.where(listed, inside, stored)
-        valid = tl.where(listed, inside, valid)
-        rows = tl.where(listed, gathered, rows)
-        first = tl.min(tl.where(valid, rows, length), 0)
-        last = tl.max(tl.where(valid, rows, -1), 0)
-    return rows, valid, stored, first, last, listed
-
-
-@triton.jit
-def edge_block(
-    step, begin, plain_begin, plain_end, edges, entry, count, length, list_ptr, offset,
-    BLOCK: tl.constexpr, GLOBALS: tl.constexpr,
-):  # fmt: skip
-    """What a walk over the blocks that are not plain, then over listed positions, comes to.
-
-    Returns (numbers [BLOCK], which are valid, the first, whether they are listed): the first
-    `edges` steps are blocks, the others BLOCK positions each of entries `entry` ... `count` of the
-    list, made numbers by taking `offset`.
-    """
-    block = begin + step
-    block = tl.where(block < plain_begin, block, block + plain_end - plain_begin)
-    numbers = block * BLOCK + tl.arange(0, BLOCK)
-    valid = numbers < length
-    listed = step >= edges
-    if GLOBALS:
-        entries = entry + (step - edges) * BLOCK + tl.arange(0, BLOCK)
-        gathered = global_position(list_ptr, tl.maximum(entries, 0), count) - offset
-        inside = (entries < count) & (gathered >= 0) & (gathered < length)
-        valid = tl.where(listed, inside, valid)
-        numbers = tl.where(listed, gathered, numbers)
-    return numbers, valid, block * BLOCK, listed
+    if SLICE == 0:
+        product = tl.dot(own[0], tl.trans(other[0]), input_precision=PRECISION)
+    else:
+        WIDTH: tl.constexpr = own[0].shape[1]
+        COUNT: tl.constexpr = SLICE if SLICE < WIDTH else WIDTH
+        product = tl.zeros([own[3].shape[0], other[3].shape[0]], tl.float32)
+        for column in range(0, WIDTH, COUNT):
+            left = load_rows(columns(own[1], column, COUNT), own[2], own[3], own[4], WHOLE, WIDE)
+            right = load_rows(
+                columns(other[1], column, COUNT), other[2], other[3], other_valid, WHOLE, WIDE
+            )
+            product = tl.dot(left, tl.trans(right), product, input_precision=PRECISION)
+    return product
 
 
 @triton.jit
@@ -198,18 +113,6 @@ def both(rows_valid, columns_valid):
     else:
         inside = rows_valid[:, None] & columns_valid[None, :]
     return inside
-
-
-@triton.jit
-def seen(distance, left, right, future, listed, GLOBALS: tl.constexpr):
-    """What a tile may use: the window's part, or of listed global positions what lies outside it.
-
-    `distance` is j - p.  So a pair is met once, in its block or in the list.
-    """
-    near = (distance >= -left) & (distance <= right)
-    if GLOBALS:
-        near = tl.where(listed, (distance <= future) & ~near, near)
-    return near
 
 
 @triton.jit
@@ -260,14 +163,14 @@ def kept(seed, dropout, rows, keys, first_key, GATHERED: tl.constexpr, TRANSPOSE
     """Which weights [BLOCK_M, BLOCK_N] dropout keeps: those with 16 random bits >= threshold.
 
     One call of Philox4x32-10 serves the keys 32 a + 8 n + 2 t + {0, 1}: word n, its low half for
-    the even key.  Unless GATHERED the keys follow on `first_key`, a multiple of 32, and no call is
-    made twice.  TRANSPOSED: [BLOCK_N, BLOCK_M].
+    the even key.  Unless GATHERED the keys follow on `first_key`, and where that is a multiple of
+    32 no call is made twice.  TRANSPOSED: [BLOCK_N, BLOCK_M].
     """
     number, threshold = dropout
     BLOCK_M: tl.constexpr = rows.shape[0]
     BLOCK_N: tl.constexpr = keys.shape[0]
     i, head, zero = rows.to(tl.uint32)[:, None], number.to(tl.uint32), (number * 0).to(tl.uint32)
-    if GATHERED:
+    if GATHERED or BLOCK_N % 32 != 0:
         call = ((keys >> 5) * 4 + ((keys >> 1) & 3)).to(tl.uint32)[None, :]
         w0, w1, w2, w3 = tl.philox(seed, i, call, head, zero)
         word = ((keys >> 3) & 3)[None, :]
@@ -327,30 +230,3 @@ def row_statistics(lse_ptr, delta_ptr, rows, valid):
     power = lse * LOG2_E
     rest = tl.fma(lse, LOG2_E, -power) + lse * LOG2_E_REST
     return power, tl.where(lse == float("inf"), 0.0, rest), delta
-
-
-@triton.jit
-def list_globals_kernel(
-    mask_ptr,  # uint8 [B, T], strided
-    list_ptr,  # int32 [B, T]: the global positions of each batch, ascending
-    rank_ptr,  # int32 [B, T + 1]: how many there are before each position
-    stride_b,
-    stride_t,
-    length,
-    global_tokens,
-    BLOCK: tl.constexpr,
-):
-    batch = tl.program_id(0).to(tl.int64)
-    list_ptr += batch * length
-    rank_ptr += batch * (length + 1)
-    count = 0
-    for start in range(0, length, BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        ptrs = mask_ptr + batch * stride_b + t.to(tl.int64) * stride_t
-        chosen = (tl.load(ptrs, mask=t < length, other=0) != 0) | (t < global_tokens)
-        chosen = (chosen & (t < length)).to(tl.int32)
-        rank = count + tl.cumsum(chosen, 0) - chosen
-        tl.store(rank_ptr + t, rank, mask=t < length)
-        tl.store(list_ptr + rank, t, mask=chosen != 0)
-        count += tl.sum(chosen, 0)
-    tl.store(rank_ptr + length, count)

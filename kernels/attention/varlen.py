@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from kernels.attention import arguments as checks
 from kernels.attention.arguments import Call
 from kernels.attention.op import run
+from kernels.dispatch import is_readable
 
 NAME = "varlen_attention"
 
@@ -46,7 +47,8 @@ def varlen_attention(
             strides as for scaled_dot_product_attention.  Hkv divides H.
         cu_seqlens_q, cu_seqlens_k: int32 (or int64) [N + 1] on query's device: sequence n has the
             rows cu_seqlens[n] ... cu_seqlens[n + 1] - 1; from 0 to total, never decreasing.  What
-            is on the CPU is checked, on a GPU it is trusted: that would wait for the device.
+            is on the CPU is checked; on a GPU it is trusted, as looking would wait for the device,
+            but for kernels.dispatch.checked.
         max_seqlen_q, max_seqlen_k: the longest sequence, or more.  None: on the CPU worked out, on
             a GPU the total, which is correct but starts idle blocks.
         alibi_slopes: (H,) or (N, H).
@@ -140,7 +142,7 @@ def _sequences(side: str, cu_seqlens: Any, max_seqlen: Any, rows: Tensor) -> tup
     if max_seqlen is not None:
         max_seqlen = checks.as_int(NAME, f"max_seqlen_{side}", max_seqlen, 0)
     longest = total
-    if cu_seqlens.is_cpu and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling():
+    if is_readable(cu_seqlens):
         longest = _check_values(name, cu_seqlens, total)
         if max_seqlen is not None and max_seqlen < longest:
             raise ValueError(

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.cross_entropy.eager import raise_where_out_of_range
+from kernels.dispatch import is_checked, is_readable
+
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -20,6 +23,11 @@ def check_options(
     softcap: float | None,
     logit_scale: float,
 ) -> None:
+    numbers = ("label_smoothing", label_smoothing), ("z_loss", z_loss), ("logit_scale", logit_scale)
+    for name, value in (*numbers, ("softcap", 0.0 if softcap is None else softcap)):
+        # torch takes what float() takes, but for text.
+        if type(value) is not float and (isinstance(value, str) or not hasattr(value, "__float__")):
+            raise TypeError(f"{op}: {name} must be a float, not {type(value).__name__}")
     if reduction not in _REDUCTIONS:
         raise ValueError(
             f"{op}: {reduction!r} is not a valid value for reduction "
@@ -29,12 +37,22 @@ def check_options(
         raise RuntimeError(
             f"{op}: label_smoothing must be between 0.0 and 1.0, got {label_smoothing}"
         )
-    if not math.isfinite(z_loss):
+    # No math.isfinite: under torch.compile(dynamic=True) a float may be symbolic.
+    if not -math.inf < z_loss < math.inf:
         raise ValueError(f"{op}: z_loss must be finite, got {z_loss}")
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
+
+
+def check_ignore_index(op: str, value: Any) -> None:
+    # Under torch.compile an int may be symbolic, of which no attribute can be asked for.
+    known = type(value) is int or isinstance(value, torch.SymInt)
+    if not known and (isinstance(value, bool) or not hasattr(value, "__index__")):
+        raise TypeError(f"{op}: ignore_index must be an int, not {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: ignore_index must fit 64 bits with sign, got {value}")
 
 
 def check_tensor(op: str, name: str, value: Any, like: Tensor | None = None) -> None:
@@ -96,6 +114,12 @@ def check_target(
     return False
 
 
+def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """In checked mode: IndexError for the first of `target` [N] that is no class, on any device."""
+    if is_checked() and not target.is_floating_point() and is_readable(target):
+        raise_where_out_of_range(target, classes, ignore_index)
+
+
 def check_weight(op: str, weight: Any, classes: int, input: Tensor) -> None:
     if weight is None:
         return
@@ -105,3 +129,8 @@ def check_weight(op: str, weight: Any, classes: int, input: Tensor) -> None:
             f"{op}: weight must have one element for each of the {classes} classes, "
             f"but has shape {list(weight.shape)}"
         )
+
+
+def is_autocast(input: Tensor) -> bool:
+    """Whether torch.autocast is on where `input` is; the meta device has none to ask about."""
+    return input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)

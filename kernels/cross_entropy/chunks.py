@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.cross_entropy.rows import Options, row_losses, select_backend
+from kernels.dispatch import Operators
 
 LOGITS_BYTES = 32 << 20  # of a chunk: smaller ones slow the matmuls down, larger ones gain nothing
 LEAST_ROWS = 128  # with fewer the matmuls wait for memory
@@ -193,6 +195,12 @@ def forward(
     problem: Problem, dlosses: Tensor | None, mask: tuple[bool, ...]
 ) -> tuple[Losses, Gradients]:
     """Losses of all rows and, where `dlosses` (expanded to [N]) is given, the gradients."""
+    fused = _without_logits(problem)
+    if fused is not None:
+        whole = Losses(*fused.forward(problem))
+        if dlosses is None:
+            return whole, Gradients(None, None, None)
+        return whole, Gradients(*fused.backward(problem, dlosses, None, whole.lse, mask))
     sums = GradientSums(problem, mask if dlosses is not None else (False, False, False))
     parts: list[Losses] = []
     for chunk, logits in logits_of_chunks(problem):
@@ -218,6 +226,9 @@ def backward(
     problem: Problem, dlosses: Tensor, dlse: Tensor | None, lse: Tensor, mask: tuple[bool, ...]
 ) -> Gradients:
     """The gradients, from logits computed once more."""
+    fused = _without_logits(problem)
+    if fused is not None:
+        return Gradients(*fused.backward(problem, dlosses, dlse, lse, mask))
     sums = GradientSums(problem, mask)
     for chunk, logits in logits_of_chunks(problem):
         backend, arguments = _ask(problem, chunk, logits)
@@ -225,6 +236,17 @@ def backward(
         kept = lse[:, chunk].contiguous()
         sums.add(chunk, _dlogits(backend, dlosses[chunk], part, arguments, kept))
     return sums.result()
+
+
+def _without_logits(problem: Problem) -> Any:
+    """The kernels that need no logits in memory, where the backend that runs has them."""
+    logits = problem.input.new_empty(0, problem.linear_weight.shape[0])
+    backend = select_backend(logits, problem.target[:0], problem.weight, problem.options)
+    if isinstance(backend, Operators) or backend is not dispatch.load("cross_entropy", "triton"):
+        return None
+    from kernels.cross_entropy import triton_linear
+
+    return triton_linear if triton_linear.unsupported(problem) is None else None
 
 
 def _ask(problem: Problem, chunk: slice, logits: Tensor) -> tuple[Any, tuple[Any, ...]]:

@@ -12,7 +12,15 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from kernels.cross_entropy import chunks
-from kernels.cross_entropy.checks import check_options, check_target, check_tensor, check_weight
+from kernels.cross_entropy.checks import (
+    check_classes,
+    check_ignore_index,
+    check_options,
+    check_target,
+    check_tensor,
+    check_weight,
+    is_autocast,
+)
 from kernels.cross_entropy.chunks import LinearFunction, Problem
 from kernels.cross_entropy.op import (
     cross_entropy,
@@ -87,12 +95,12 @@ def linear_cross_entropy(
         )
     check_options(_OP, reduction, label_smoothing, z_loss, softcap, 1.0)
     shape, ignored = _check(input, linear_weight, target, linear_bias, weight, ignore_index)
-    if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
+    if is_autocast(input):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, linear_weight = _lowered(input, dtype), _lowered(linear_weight, dtype)
         linear_bias = None if linear_bias is None else _lowered(linear_bias, dtype)
+    chunk_rows = _chunk_rows(options)
     row_options = Options(ignored, label_smoothing, z_loss, softcap or 0.0, 1.0, return_stats)
-    chunk_rows = getattr(options, "batch_chunk_size", None)
     if _must_store_logits(shape, input, target, weight):
         logits = F.linear(input, linear_weight.flatten(0, -2), _flat(linear_bias)).reshape(shape)
         return cross_entropy(
@@ -109,6 +117,18 @@ def linear_cross_entropy(
     return _of_positions(
         input, linear_weight, linear_bias, target, weight, reduction, row_options, chunk_rows, shape
     )
+
+
+def _chunk_rows(options: Any) -> int | None:
+    if options is None:
+        return None
+    if not hasattr(options, "batch_chunk_size"):
+        raise TypeError(
+            f"{_OP}: options must be a torch.nn.LinearCrossEntropyOptions or None, "
+            f"not {type(options).__name__}"
+        )
+    rows: int | None = options.batch_chunk_size
+    return rows
 
 
 def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -162,7 +182,7 @@ def _check(
                 f"{_OP}: linear_bias must have shape {list(linear_weight.shape[:-1])}, "
                 f"but has shape {list(linear_bias.shape)}"
             )
-    if not torch.is_autocast_enabled(input.device.type):
+    if not is_autocast(input):
         for name, value in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
             if value is not None and value.dtype != input.dtype:
                 raise RuntimeError(
@@ -180,6 +200,7 @@ def _check(
             f"{_OP}: ignore_index={ignore_index} cannot be given with class probabilities"
         )
     ignored = -100 if ignore_index is None else ignore_index
+    check_ignore_index(_OP, ignored)
     check_target(_OP, input, shape, target, ignored)
     check_weight(_OP, weight, classes, input)
     return shape, ignored
@@ -209,6 +230,7 @@ def _of_positions(
     targets = target.reshape((rows, classes, positions) if probabilities else (rows, positions))
     if not probabilities:
         targets = targets.long()
+        check_classes(targets.flatten(), classes, options.ignore_index)
     elif targets.dtype != x.dtype:
         targets = targets.to(wide)
     if reduction == "sum":

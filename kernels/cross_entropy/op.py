@@ -11,7 +11,15 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from kernels.cross_entropy import reference
-from kernels.cross_entropy.checks import check_options, check_target, check_tensor, check_weight
+from kernels.cross_entropy.checks import (
+    check_classes,
+    check_ignore_index,
+    check_options,
+    check_target,
+    check_tensor,
+    check_weight,
+    is_autocast,
+)
 from kernels.cross_entropy.rows import Options, Reduction, RowResults, row_losses
 
 
@@ -66,8 +74,8 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: as F.cross_entropy, before
             anything runs.
-        IndexError: a target is out of range; CPU only.  On a GPU, which cannot tell without
-            stopping, the loss of that row is NaN.
+        IndexError: a target is out of range.  On a GPU, which cannot tell without stopping, only
+            inside kernels.dispatch.checked; else the loss of that row is NaN.
 
     Differentiable any number of times in input, and in target probabilities; the first derivative
     is fused and deterministic.  Under autocast the loss is float32, as F.cross_entropy's.  Inside
@@ -91,6 +99,7 @@ def cross_entropy(
             process_group=process_group,
         )
     check_options("cross_entropy", reduction, label_smoothing, z_loss, softcap, logit_scale)
+    check_ignore_index("cross_entropy", ignore_index)
     logits, targets, positions = as_rows(input, target, weight, ignore_index, process_group)
     if logits.shape[1] == 0:  # a loss of nothing
         return F.cross_entropy(
@@ -107,6 +116,7 @@ def cross_entropy(
         total = mean_total(targets, weight, ignore_index, wide)
     reducer = Reduction(dtype, summed, total)
     if process_group is None and not must_be_composite(logits, weight):
+        check_classes(targets, logits.shape[1], ignore_index)
         rows = row_losses(logits, targets, weight, options, return_stats, inplace_backward, reducer)
         loss = rows.losses
     else:
@@ -219,7 +229,7 @@ def result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.
         dtype = torch.promote_types(dtype, target.dtype)
         if weight is not None:
             dtype = torch.promote_types(dtype, weight.dtype)
-    if dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+    if dtype.itemsize == 2 and is_autocast(input):
         return torch.float32
     return dtype
 

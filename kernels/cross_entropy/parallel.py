@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.cross_entropy.eager import raise_where_out_of_range
 from kernels.cross_entropy.rows import Options, RowResults, row_losses
+from kernels.dispatch import is_readable
 
 
 class _Exchange(torch.autograd.Function):
@@ -60,7 +61,7 @@ def parallel_rows(
     local = logits.shape[1]
     classes = local * distributed.get_world_size(group)
     first = local * distributed.get_rank(group)
-    if targets.is_cpu:
+    if is_readable(targets):
         raise_where_out_of_range(targets, classes, options.ignore_index)
     ignored = targets == options.ignore_index
     valid = (targets >= 0) & (targets < classes)

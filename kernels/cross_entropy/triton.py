@@ -17,11 +17,10 @@ from kernels import _triton
 from kernels.cross_entropy import triton_plan as plan
 from kernels.cross_entropy import triton_row as row_code
 from kernels.cross_entropy.triton_backward import backward
-from kernels.cross_entropy.triton_merge import merge_kernel
+from kernels.cross_entropy.triton_merge import merge
+from kernels.cross_entropy.triton_span import load_tile
 
 __all__ = ["backward", "forward", "unsupported"]
-
-MERGED_STATES = 128  # of a program of merge_kernel, with 4 warps
 
 
 @triton.jit(do_not_specialize=[*plan.NUMBERS, "n_vec", "stride_vec"])
@@ -45,6 +44,8 @@ def _forward_tile_kernel(
     VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPAN: tl.constexpr,
+    SPREAD: tl.constexpr,
     PROBABILITIES: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -52,11 +53,12 @@ def _forward_tile_kernel(
     STATS: tl.constexpr,
 ):
     classes = n_vec * VEC  # the product shows Triton that rows start on a vector boundary
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(0)
+    row = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = row < rows
     column = tl.arange(0, BLOCK_N)[None, :]
     mask = mask_m[:, None] & (column < classes)  # [BLOCK_M, BLOCK_N]
-    raw = tl.load(x_ptr + row[:, None] * (stride_vec * VEC) + column, mask=mask, other=0.0)
+    raw = load_tile(x_ptr, tile, rows, classes, stride_vec * VEC, BLOCK_M, BLOCK_N, SPAN)
     x = tl.where(mask, row_code.logits(raw, softcap, logit_scale, SOFTCAP), float("-inf"))
     top = tl.max(x, 1)
     base = row_code.base_of(top)
@@ -64,21 +66,14 @@ def _forward_tile_kernel(
     target = row  # this and the next four are not read unless they are set below
     logit, cost, mass, best = top, top, top, top
     if not PROBABILITIES:
-        target = tl.load(target_ptr + row, mask=mask_m, other=-1)
+        target = row_code.of_rows(target_ptr, row, mask_m, SPREAD)
         logit = tl.sum(tl.where(column == target[:, None], x, 0.0), 1)
     if SHARED:
-        q_place = row[:, None] * classes + column
-        share = row_code.shares(
-            target_ptr,
-            q_place,
-            weight_ptr,
-            column,
-            mask,
-            column < classes,
-            on,
-            off,
-            PROBABILITIES,
-            HAS_WEIGHT,
+        q = raw
+        if PROBABILITIES:
+            q = load_tile(target_ptr, tile, rows, classes, classes, BLOCK_M, BLOCK_N, SPAN)
+        share = row_code.shares_of(
+            q, weight_ptr, column, mask, column < classes, on, off, PROBABILITIES, HAS_WEIGHT
         )
         mass = tl.sum(share, 1)
         cost = tl.sum(tl.where(mask, share * (base[:, None] - x), 0.0), 1)
@@ -110,6 +105,7 @@ def _forward_tile_kernel(
         SHARED,
         HAS_WEIGHT,
         STATS,
+        SPREAD,
     )
 
 
@@ -164,7 +160,6 @@ def _forward_rows_kernel(
             weight_ptr,
             begin + end_column,
             end_mask,
-            end_mask,
             on,
             off,
             PROBABILITIES,
@@ -201,7 +196,6 @@ def _forward_rows_kernel(
                 q_start + column,
                 weight_ptr,
                 begin + column,
-                mask,
                 mask,
                 on,
                 off,
@@ -309,24 +303,5 @@ def forward(
             **sweep.constants(),
             **_triton.LAUNCH,
         )
-        block_parts = triton.next_power_of_2(sweep.parts)
-        block_m = max(1, MERGED_STATES // block_parts)
-        merge_kernel[(triton.cdiv(rows, block_m),)](
-            input,
-            target,
-            weight,
-            states,
-            ranks,
-            *results,
-            rows,
-            classes,
-            stride,
-            sweep.parts,
-            *numbers,
-            **flags,
-            BLOCK_M=block_m,
-            BLOCK_PARTS=block_parts,
-            num_warps=4,
-            **_triton.LAUNCH,
-        )
+        merge(input, target, weight, states, ranks, results, classes, stride, numbers, flags)
     return results

@@ -19,6 +19,7 @@ from kernels import _triton
 from kernels.cross_entropy import triton_plan as plan
 from kernels.cross_entropy import triton_row as row_code
 from kernels.cross_entropy.triton_mass import row_mass
+from kernels.cross_entropy.triton_span import load_tile, store_tile
 
 _NUMBERS = (*plan.NUMBERS, "dlosses_stride", "dlse_stride")
 
@@ -48,6 +49,8 @@ def _backward_tile_kernel(
     VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPAN: tl.constexpr,
+    SPREAD: tl.constexpr,
     PROBABILITIES: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -55,11 +58,12 @@ def _backward_tile_kernel(
     HAS_DLSE: tl.constexpr,
 ):
     classes = n_vec * VEC  # the product shows Triton that rows start on a vector boundary
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(0)
+    row = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = row < rows
     column = tl.arange(0, BLOCK_N)[None, :]
     mask = mask_m[:, None] & (column < classes)  # [BLOCK_M, BLOCK_N]
-    raw = tl.load(x_ptr + row[:, None] * (stride_vec * VEC) + column, mask=mask, other=0.0)
+    raw = load_tile(x_ptr, tile, rows, classes, stride_vec * VEC, BLOCK_M, BLOCK_N, SPAN)
     lse, rest, slope, g, less, target, zero = row_code.factors(
         row,
         mask_m,
@@ -81,21 +85,15 @@ def _backward_tile_kernel(
         SHARED,
         HAS_WEIGHT,
         HAS_DLSE,
+        SPREAD,
     )
     share = raw
     if SHARED:
-        q_place = row[:, None] * classes + column
-        share = row_code.shares(
-            target_ptr,
-            q_place,
-            weight_ptr,
-            column,
-            mask,
-            column < classes,
-            on,
-            off,
-            PROBABILITIES,
-            HAS_WEIGHT,
+        q = raw
+        if PROBABILITIES:
+            q = load_tile(target_ptr, tile, rows, classes, classes, BLOCK_M, BLOCK_N, SPAN)
+        share = row_code.shares_of(
+            q, weight_ptr, column, mask, column < classes, on, off, PROBABILITIES, HAS_WEIGHT
         )
     dx = row_code.gradient(
         raw,
@@ -112,7 +110,7 @@ def _backward_tile_kernel(
         SOFTCAP,
     )
     dx = tl.where(zero[:, None], 0.0, dx)
-    tl.store(dx_ptr + row[:, None] * (out_stride_vec * VEC) + column, dx, mask=mask)
+    store_tile(dx_ptr, dx, tile, rows, classes, out_stride_vec * VEC, BLOCK_M, BLOCK_N, SPAN)
 
 
 @triton.jit(do_not_specialize=[*_NUMBERS, "classes", "stride", "out_stride", "part_classes"])
@@ -178,6 +176,7 @@ def _backward_rows_kernel(
         SHARED,
         HAS_WEIGHT,
         HAS_DLSE,
+        1,
     )
     target -= begin
     end, end_mask = row_code.ends(head, body, count, VEC)
@@ -189,7 +188,6 @@ def _backward_rows_kernel(
             q_start + end,
             weight_ptr,
             begin + end,
-            end_mask,
             end_mask,
             on,
             off,
@@ -228,7 +226,6 @@ def _backward_rows_kernel(
                     q_start + column,
                     weight_ptr,
                     begin + column,
-                    mask,
                     mask,
                     on,
                     off,

@@ -29,14 +29,14 @@ def _mass_kernel(
     first, head, body = row_code.pieces(start, classes, VEC)
     end, end_mask = row_code.ends(head, body, classes, VEC)
     end_share = row_code.shares(
-        q_ptr, start + end, weight_ptr, end, end_mask, end_mask, on, off, True, HAS_WEIGHT
+        q_ptr, start + end, weight_ptr, end, end_mask, on, off, True, HAS_WEIGHT
     )
     sums = tl.zeros([BLOCK], tl.float32)
     for block in range(0, body, BLOCK):
         place = block + tl.arange(0, BLOCK)
         mask = place < body
         sums += row_code.shares(
-            q_ptr, first + place, weight_ptr, head + place, mask, mask, on, off, True, HAS_WEIGHT
+            q_ptr, first + place, weight_ptr, head + place, mask, on, off, True, HAS_WEIGHT
         )
     tl.store(mass_ptr + row, tl.sum(end_share, 0) + tl.sum(sums, 0))
 

@@ -13,23 +13,33 @@ from torch import Tensor
 from kernels import _triton
 
 MAX_CLASSES = 2**30  # columns are 32-bit numbers inside a row
-# Longer rows are swept: their ends cost less than what all warps of a tile ask for of its rows.
-TILE_CLASSES = 256
+TILE_CLASSES = 1024  # longer rows are swept
 SWEEP_ELEMENTS = 16  # of a thread and a step
 WARP_CLASSES = 2048  # of a swept row, for each of up to 8 warps
 PART_STEPS = 2  # the least that a program takes of a row which several share
 ROW_PROGRAMS = 2  # of swept rows, that a multiprocessor holds at least
 MAX_PARTS = 1024
 
-# (largest classes, BLOCK_M, num_warps): up to 32 logits per thread.
+# (largest classes, BLOCK_M, num_warps): up to 32 logits per thread, and no fewer threads than rows.
 TILES = (
-    (8, 128, 1),
-    (16, 64, 1),
     (32, 32, 1),
     (64, 16, 1),
     (128, 8, 1),
-    (TILE_CLASSES, 2, 1),
+    (256, 4, 1),
+    (512, 4, 2),
+    (TILE_CLASSES, 4, 4),
 )
+# Rows that are moved as one span: 16 logits per thread, as changing places takes registers; several
+# warps, which make it go through shared memory; and 8 rows, so that spans start with a vector.
+SPANS = (
+    (32, 64, 2),
+    (64, 32, 4),
+    (128, 16, 4),
+    (256, 8, 4),
+    (512, 8, 8),
+    (TILE_CLASSES, 8, 8),  # 16 warps leave a thread 128 registers, and 64 bytes spill
+)
+SECTOR = 32  # bytes: the unit in which global memory moves
 
 # Arguments that are no reason to compile again.
 NUMBERS = ("rows", "ignore_index", "on", "off", "z_loss", "softcap", "logit_scale")
@@ -37,18 +47,25 @@ NUMBERS = ("rows", "ignore_index", "on", "off", "z_loss", "softcap", "logit_scal
 
 @dataclass(frozen=True)
 class Tile:
-    """Whole rows in registers: BLOCK_M of them, loaded by vectors of `vec` elements."""
+    """Whole rows in registers: BLOCK_M of them, loaded by vectors of `vec` elements.
+
+    With `span` rows lie one after the other and are moved as one span of memory.
+    """
 
     vec: int
     block_m: int
     block_n: int
     num_warps: int
+    span: bool
+    spread: int  # threads for each row
 
     def constants(self) -> dict[str, int]:
         return {
             "VEC": self.vec,
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
+            "SPAN": self.span,
+            "SPREAD": self.spread,
             "num_warps": self.num_warps,
         }
 
@@ -92,9 +109,17 @@ def tile(input: Tensor, *strides: int) -> Tile | None:
     classes = input.shape[1]
     if classes > TILE_CLASSES:
         return None
-    vec = _triton.vector(math.gcd(classes, *strides))
-    block_m, num_warps = _triton.tile(TILES, input, classes, vec)
-    return Tile(vec, block_m, triton.next_power_of_2(classes), num_warps)
+    block_n = triton.next_power_of_2(classes)
+    partial = classes != block_n and classes * input.element_size() % SECTOR != 0
+    span = partial and all(stride == classes for stride in strides)
+    if span:
+        vec = 1
+        block_m, num_warps = next(row[1:] for row in SPANS if classes <= row[0])
+    else:
+        vec = _triton.vector(math.gcd(classes, *strides))
+        block_m, num_warps = _triton.tile(TILES, input, classes, vec)
+    spread = max(1, num_warps * _triton.warp_size(input) // block_m)
+    return Tile(vec, block_m, block_n, num_warps, span, spread)
 
 
 def sweep(input: Tensor) -> Sweep:

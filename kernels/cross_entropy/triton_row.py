@@ -39,6 +39,24 @@ def shares(
     q_ptr,  # probabilities
     q_place,  # [...] where those of these classes lie
     weight_ptr,  # [classes]
+    column,  # [...]
+    mask,  # [...]
+    on,
+    off,
+    PROBABILITIES: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):
+    """k_c, the target's own left out; 0 outside of the mask."""
+    q = 0.0
+    if PROBABILITIES:
+        q = tl.load(q_ptr + q_place, mask=mask, other=0.0)
+    return shares_of(q, weight_ptr, column, mask, mask, on, off, PROBABILITIES, HAS_WEIGHT)
+
+
+@triton.jit
+def shares_of(
+    q,  # [...], of any value outside of the mask
+    weight_ptr,  # [classes]
     column,  # [...] or what broadcasts to it
     mask,  # [...]
     mask_column,  # of `column`
@@ -47,10 +65,9 @@ def shares(
     PROBABILITIES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):
-    """k_c, the target's own left out; 0 outside of the mask."""
     share = tl.where(mask, off, 0.0)
     if PROBABILITIES:
-        share += on * tl.load(q_ptr + q_place, mask=mask, other=0.0).to(tl.float32)
+        share = tl.where(mask, on * q.to(tl.float32) + off, 0.0)
     if HAS_WEIGHT:
         share *= tl.load(weight_ptr + column, mask=mask_column, other=0.0)
     return share
@@ -103,6 +120,23 @@ def vectors(UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def of_rows(ptr, place, mask, SPREAD: tl.constexpr):
+    """Values at `place`, each loaded by one of SPREAD threads.
+
+    Of fewer values than a program has threads Triton has every thread load all that it needs: for
+    short rows as many bytes as the logits.  The gather hands them out by shuffles; a change of
+    layout without it would be stmatrix on sm_90, with several threads storing to one place.
+    """
+    if SPREAD == 1:
+        values = tl.load(ptr + place, mask=mask, other=0)
+    else:
+        lane = tl.arange(0, SPREAD)[:, None]
+        spread = tl.load(ptr + place[None, :] + lane * 0, mask=mask[None, :] & (lane == 0), other=0)
+        values = tl.gather(tl.sum(spread, 0), tl.arange(0, place.shape[0]), 0)
+    return values
+
+
+@triton.jit
 def finish(
     row,  # [...] int64
     mask,
@@ -127,6 +161,7 @@ def finish(
     SHARED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     STATS: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):
     top = tl.where(tl.abs(top) == float("inf"), float("nan"), top)
     log_total = tl.log(total)
@@ -146,7 +181,7 @@ def finish(
         log_prob = tl.where(there, (logit - top) - log_total, float("nan"))
         weighted = on * log_prob
         if HAS_WEIGHT:
-            weighted *= tl.load(weight_ptr + tl.where(there, target, 0), mask=mask, other=0.0)
+            weighted *= of_rows(weight_ptr, tl.where(there, target, 0), mask, SPREAD)
         loss = tl.where(ignored, 0.0, loss - weighted)
         if STATS:
             tl.store(log_prob_ptr + row, tl.where(ignored, 0.0, log_prob), mask=mask)
@@ -177,25 +212,26 @@ def factors(
     SHARED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_DLSE: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):
     """Of rows: lse, its rest, the factors of softmax and of k_c, what the target's class gets
     less, its column, and whether the gradient is 0 whatever the logits."""
-    lse = tl.load(lse_ptr + row, mask=mask, other=0.0)
-    rest = tl.load(lse_ptr + rows + row, mask=mask, other=0.0)
-    g = tl.load(dlosses_ptr + row * dlosses_stride, mask=mask, other=0.0)
+    lse = of_rows(lse_ptr, row, mask, SPREAD)
+    rest = of_rows(lse_ptr + rows, row, mask, SPREAD)
+    g = of_rows(dlosses_ptr, row * dlosses_stride, mask, SPREAD)
     if PROBABILITIES:
         target = row * 0 - 1  # no column
         ignored = target == 0
-        mass = tl.load(mass_ptr + row, mask=mask, other=0.0)
+        mass = of_rows(mass_ptr, row, mask, SPREAD)
         less = g * 0.0
         slope = g * (mass + 2.0 * z_loss * lse)
     else:
-        target = tl.load(target_ptr + row, mask=mask, other=0)
+        target = of_rows(target_ptr, row, mask, SPREAD)
         ignored = target == ignore_index
         there = (target >= 0) & (target < classes)
         less = tl.zeros_like(g) + on
         if HAS_WEIGHT:
-            less *= tl.load(weight_ptr + tl.where(there, target, 0), mask=mask, other=0.0)
+            less *= of_rows(weight_ptr, tl.where(there, target, 0), mask, SPREAD)
         mass = less
         if SHARED:
             if HAS_WEIGHT:
@@ -208,7 +244,7 @@ def factors(
         less *= g
     zero = ignored
     if HAS_DLSE:
-        slope += tl.load(dlse_ptr + row * dlse_stride, mask=mask, other=0.0)
+        slope += of_rows(dlse_ptr, row * dlse_stride, mask, SPREAD)
         zero = ignored & (row < 0)
     return lse, rest, slope, g, less, target, zero
 

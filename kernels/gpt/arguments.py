@@ -18,6 +18,8 @@ RUN_OPTIONS = (
     *("validate_every", "validate_batches"),
 )
 
+MAX_THREADS = 1024  # OpenMP ends the process where it cannot start as many as it is told to
+
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
@@ -30,6 +32,13 @@ def natural(text: str) -> int:
     """An integer of at least 0 that fits 32 bits."""
     if not text.isdecimal() or int(text) >= 1 << 32:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 2^32 - 1")
+    return int(text)
+
+
+def thread_count(text: str) -> int:
+    """An integer from 1 to MAX_THREADS."""
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1 to {MAX_THREADS}")
     return int(text)
 
 
@@ -124,7 +133,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         help="per model (default: %(default)s, about 100 seconds for both on two cores)",
     )
     add("--seed", type=natural, default=0, metavar="N", help="default: %(default)s")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
+    add("--threads", type=thread_count, metavar="N", help="CPU threads (default: all cores)")
     _add_data(parser)
 
 
@@ -148,4 +157,4 @@ def _add_data(parser: argparse._ActionsContainer) -> None:
 def _add_device(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
     add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=thread_count, metavar="N", help="CPU threads (default: PyTorch's choice)")

@@ -145,7 +145,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # refused by the meta device, which has no values
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
         raise CommandError(f"--device {name} cannot be used: {error}") from error
     return device

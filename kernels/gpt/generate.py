@@ -33,7 +33,9 @@ def next_token(
         return int(last.argmax())
     if top_k is not None and top_k < last.numel():
         last = last.masked_fill(last < last.topk(top_k).values[-1], float("-inf"))
-    probabilities = torch.softmax(last / temperature, dim=-1).cpu()
+    # Relative to the largest, so that nothing overflows however low the temperature.
+    last = (last - last.max()) / max(temperature, torch.finfo(last.dtype).tiny)
+    probabilities = torch.softmax(last, dim=-1).cpu()
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
@@ -53,7 +55,7 @@ def generate(
     """
     if prompt.dim() != 1 or prompt.numel() == 0:
         raise ValueError(f"prompt must be [T] with T at least 1, got {list(prompt.shape)}")
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be 1 or more, got {top_k}")

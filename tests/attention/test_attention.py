@@ -118,6 +118,11 @@ WINDOWS = [
 LENGTHS = [(1, 1, 40, 40, 16), (1, 2, 70, 150, 16), (1, 1, 150, 70, 16)]
 
 
+def test_a_scale_that_is_not_positive_hides_what_is_hidden(implementation):
+    for scale in (0.0, -1.5):
+        check(attention, tensors((1, 2, 70, 70, 16)), is_causal=True, scale=scale)
+
+
 @pytest.mark.parametrize("shape", LENGTHS, ids=str)
 @pytest.mark.parametrize("keywords", WINDOWS, ids=str)
 def test_windows_and_global_tokens(implementation, keywords, shape):
@@ -295,6 +300,17 @@ def test_large_scores(implementation, dtype):
     assert_as_exact_as_torch(
         (out, lse), (got_in_dtype, lse_in_dtype), (want, want_lse), ("out", "lse")
     )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_so_large_that_neighbouring_floats_are_thousands_apart(implementation, causal):
+    query, key, value, _, _ = tensors((1, 2, 40, 90, 16))
+    leaves = [x.requires_grad_() for x in (query * 1e11, key, value)]
+    out, _ = attention(*leaves, is_causal=causal)
+    want, _ = oracle.attention(*(x.detach().double() for x in leaves), is_causal=causal)
+    torch.testing.assert_close(out.double(), want)  # each query's largest key's value
+    for gradient in torch.autograd.grad(out.sum(), leaves):
+        assert torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

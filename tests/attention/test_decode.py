@@ -211,6 +211,8 @@ def test_opcheck_compile_and_fake():
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = torch.randn(2, 4, 1, 8)
         assert decode_attention(made, made, made, torch.ones(2).int()).shape == (2, 4, 1, 8)
+    on_meta = decode_attention(*(x.to("meta") for x in (Q, K, K, LENGTHS)))
+    assert on_meta.shape == decode_attention(Q, K, K, LENGTHS).shape
 
 
 def test_explain():

@@ -27,13 +27,22 @@ FEATURES = ("mask", "alibi", "softcap", "dropout", "globals")
 
 # (dims, dtype, features) on every target: the widths of the tables, in whole vectors.
 VARIANTS = [((64, 64), torch.bfloat16, ()), ((128, 128), torch.bfloat16, ())]
-# And on two of them what needs more registers: the widest rows, float32, rows without vectors,
-# and each feature alone.
-TIGHT = [((256, 256), torch.bfloat16, ()), ((64, 64), torch.float32, ())]
-TIGHT += [((63, 33), torch.bfloat16, ())]
+# And on one or the other of two what needs more registers: the widest rows, float32, rows without
+# vectors, and each feature alone.
+TIGHT = [((dim, dim), torch.float32, ()) for dim in (64, 128, 256)]
+TIGHT += [((256, 256), torch.bfloat16, ()), ((63, 33), torch.bfloat16, ())]
 TIGHT += [((64, 64), torch.bfloat16, (feature,)) for feature in FEATURES]
 COMPILED = [(target, *variant) for target in _triton.TARGETS for variant in VARIANTS]
-COMPILED += [(target, *variant) for target in ("sm_80", "sm_90") for variant in TIGHT]
+COMPILED += [(("sm_80", "sm_90")[n % 2], *variant) for n, variant in enumerate(TIGHT)]
+# All of the tables.
+WIDTHS = [(dim, dim) for dim in (64, 128, 256)]
+EVERYTHING = [
+    (target, dims, dtype, features)
+    for target in _triton.TARGETS
+    for dims in WIDTHS
+    for dtype in (torch.bfloat16, torch.float32)
+    for features in ((), *((feature,) for feature in FEATURES))
+]
 
 
 def compiled(target, dims, dtype, features=(), length=300):
@@ -72,8 +81,9 @@ def test_compiles_without_spills(target, dims, dtype, features):
     assert {kernel.name: kernel.spills() for kernel in kernels if kernel.spills()} == {}
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float16)], ids=str
+)
 def test_hopper_multiplies_by_warp_groups(dim, dtype):
     """Both loops of a kernel hold both (dk/dv: four) products as wgmma, and none as mma."""
     for kernel in compiled("sm_90", (dim, dim), dtype):
@@ -84,6 +94,12 @@ def test_hopper_multiplies_by_warp_groups(dim, dtype):
             assert (
                 groups >= 2 * {"_forward_kernel": 2, "dkv_kernel": 4, "dq_kernel": 3}[kernel.name]
             )
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("target", "dims", "dtype", "features"), EVERYTHING, ids=str)
+def test_everything_compiles_without_spills(target, dims, dtype, features):
+    assert not any(kernel.spills() for kernel in compiled(target, dims, dtype, features))
 
 
 def test_plain_blocks_carry_no_mask():

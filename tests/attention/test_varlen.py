@@ -192,10 +192,12 @@ def test_errors_name_the_argument(name):
         varlen_attention(**{**call, **changes})
 
 
-def test_autocast_and_equality_with_a_batch():
+def test_autocast_meta_tensors_and_equality_with_a_batch():
     q, k, v = (torch.randn(6, 2, 8) for _ in "qkv")
     with torch.autocast("cpu", torch.bfloat16):
         assert varlen_attention(q, k, v, ends((6,)), ends((6,))).dtype == torch.bfloat16
+    on_meta = varlen_attention(*(x.to("meta") for x in (q, k, v, ends((6,)), ends((6,)))))
+    assert on_meta.shape == q.shape
     got = varlen_attention(q, k, v, ends((6,)), ends((6,)), scale=0.3)
     want = scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), scale=0.3)
     torch.testing.assert_close(got, want.transpose(0, 1))

@@ -1,7 +1,8 @@
 """Values and gradients of the Triton attention in Triton's interpreter, for TRITON_INTERPRET=1.
 
 The interpreter must be on before the kernels are decorated, so test_triton.py runs this file in a
-process of its own.  Blocks are of 32 queries and 32 keys.
+process of its own.  Blocks are of 32 queries and 32 keys, but for dk and dv of 16 keys where a head
+has more than 16 columns; there products come in slices of 16 columns, too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ CALLS = {
     # The window's edges fall within blocks and between them.
     "window": Call(100, 100, window=(20, 13), heads=(1, 1)),
     "window of blocks": Call(100, 100, window=(32, 31), heads=(1, 1)),
+    "window short of two blocks and one": Call(100, 100, window=(62, 30), heads=(1, 1)),
     "causal window": Call(90, 100, causal=True, lower_right=True, window=(5, -1), heads=(1, 1)),
     "window of nothing but itself": Call(40, 40, window=(0, 0), heads=(1, 1)),
     "window past the keys": Call(80, 20, window=(10, 0), heads=(1, 1)),
@@ -46,6 +48,7 @@ CALLS = {
     "negative scale": Call(40, 40, scale=-0.3),
     # Dropout with keys in a row and gathered.
     "dropout": Call(40, 70, dropout_p=0.3),
+    "dropout for 16 keys": Call(30, 40, (16, 20), dropout_p=0.3),
     "dropout of everything": Call(10, 10, dropout_p=1.0),
     "dropout, globals": Call(50, 50, dropout_p=0.3, window=(5, 5), global_share=0.2, heads=(1, 1)),
     "everything": Call(

@@ -157,6 +157,12 @@ def test_far_from_zero(implementation):
     check(*make(2, CHUNK + 5, offset=-1000.0), reduction="none")
 
 
+def test_a_target_that_counts_no_more_than_any_class(implementation):
+    """All gradients are small differences of 1 / 999 then, the target's like the others."""
+    input, target = make(9, 999)
+    check(input / 100, target, reduction="none", label_smoothing=1.0)
+
+
 def test_rising_logits(implementation):
     """Every block of 1024 exceeds the ones before: the running reference moves each time."""
     input = torch.linspace(0, 200, 5000).repeat(3, 1) + torch.randn(3, 5000)

@@ -11,7 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.cross_entropy import LinearCrossEntropyLoss, chunks, linear_cross_entropy
+from kernels.cross_entropy import (
+    LinearCrossEntropyLoss,
+    chunks,
+    cross_entropy,
+    linear_cross_entropy,
+)
 from tests.tolerance import assert_as_exact_as_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -169,6 +174,18 @@ def test_stats_chunks_and_options():
     assert [s.stop - s.start for s in chunks.slices(problem)] == [3] * 6 + [2]
 
 
+def test_runs_on_the_meta_device_under_autocast_too():
+    input = torch.empty(6, 3, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    matrix = torch.empty(5, 3, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    target = torch.empty(6, device="meta", dtype=torch.long)
+    for enabled in (False, True):
+        with torch.autocast("cpu", enabled=enabled):
+            loss = linear_cross_entropy(input, matrix, target)
+            loss = loss + cross_entropy(input @ matrix.t(), target)
+        gradients = torch.autograd.grad(loss, (input, matrix))
+        assert all(x.is_meta for x in (loss, *gradients))
+
+
 def test_autocast_runs_the_linear_map_in_16_bits():
     x, w = torch.randn(20, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
     target = torch.randint(0, 6, (20,))
@@ -186,7 +203,7 @@ def test_autocast_runs_the_linear_map_in_16_bits():
 def test_compiles_to_one_graph():
     x, w = torch.randn(20, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
     target = torch.randint(0, 6, (20,))
-    got = torch.compile(linear_cross_entropy, fullgraph=True)(x, w, target)
+    got = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=True)(x, w, target)
     want = linear_cross_entropy(x, w, target)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, (x, w)), torch.autograd.grad(want, (x, w)))
@@ -201,6 +218,7 @@ REFUSED = {
     "dtypes": ((X, W.double(), torch.zeros(3).long()), {}),
     "unbatched": ((torch.randn(4), torch.randn(5, 2, 4), torch.zeros(2).long()), {}),
     "ignore_index": ((X, W, torch.rand(3, 5)), {"ignore_index": -100}),
+    "ignore_index text": ((X, W, torch.zeros(3).long()), {"ignore_index": "a"}),
     "target": ((X, W, torch.tensor([1, 5, 0])), {}),
     "rows": ((X, W, torch.zeros(2).long()), {}),
 }  # fmt: skip
@@ -214,6 +232,11 @@ def test_errors_are_pytorchs(name):
         F.linear_cross_entropy(*arguments, **keywords)
     with pytest.raises(theirs.type):
         linear_cross_entropy(*arguments, **keywords)
+
+
+def test_options_must_be_options():
+    with pytest.raises(TypeError, match=r"options must be .* not int"):
+        linear_cross_entropy(X, W, torch.zeros(3).long(), options=128)  # type: ignore[arg-type]
 
 
 def test_module_has_torchs_parameters():

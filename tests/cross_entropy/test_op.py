@@ -33,6 +33,9 @@ REFUSED = {
     "weight shape": ((X, T, torch.ones(8, 1)), {}, "weight must have one element"),
     "weight not a tensor": ((X, T, [1.0] * 8), {}, "weight must be a Tensor"),
     "reduction": ((X, T), {"reduction": "average"}, "'average' is not a valid value"),
+    "ignore_index text": ((X, T), {"ignore_index": "a"}, "ignore_index must be an int, not str"),
+    "ignore_index bool": ((X, T), {"ignore_index": True}, "ignore_index must be an int, not bool"),
+    "smoothing text": ((X, T), {"label_smoothing": "a"}, "label_smoothing must be a float"),
     "smoothing above 1": ((X, T), {"label_smoothing": 1.5}, "label_smoothing must be between"),
     "target too large": ((X, torch.tensor([1, 8, 0, 9])), {}, "target 8 at position 1 is out"),
     "target negative": ((X, torch.tensor([1, 2, 0, -1])), {}, "target -1 at position 3 is out"),
@@ -53,13 +56,23 @@ def test_errors_are_pytorchs_and_name_the_argument(name):
 
 @pytest.mark.parametrize(
     "keywords",
-    [{"softcap": 0.0}, {"softcap": -1.0}, {"z_loss": float("nan")}, {"logit_scale": 1e999}],
+    [
+        {"softcap": 0.0},
+        {"softcap": -1.0},
+        {"z_loss": float("nan")},
+        {"logit_scale": 1e999},
+        {"ignore_index": 2**70},
+    ],
+    ids=str,
 )
 def test_extensions_are_checked(keywords):
     with pytest.raises(ValueError, match=next(iter(keywords))):
         cross_entropy(X, T, **keywords)
     with pytest.raises(RuntimeError, match="label_smoothing"):  # PyTorch takes it for 0
         cross_entropy(X, T, label_smoothing=-0.5)
+    for name in ("z_loss", "softcap", "logit_scale"):
+        with pytest.raises(TypeError, match=f"{name} must be a float, not str"):
+            cross_entropy(X, T, **{name: "a"})
 
 
 def test_nothing_is_written_when_a_target_is_wrong():
@@ -159,8 +172,8 @@ def test_the_input_is_never_modified():
     assert torch.equal(x, X)
 
 
-@pytest.mark.parametrize("probabilities", [False, True])
-def test_compiles_to_one_graph(probabilities):
+@pytest.mark.parametrize(("probabilities", "dynamic"), [(False, True), (True, None)])
+def test_compiles_to_one_graph(probabilities, dynamic):
     def function(x, target):
         loss, stats = cross_entropy(
             x.view(-1, 8) * 2, target, label_smoothing=0.1, softcap=5.0, return_stats=True
@@ -169,7 +182,8 @@ def test_compiles_to_one_graph(probabilities):
 
     target = X.softmax(1) if probabilities else T
     x = X.clone().requires_grad_()
-    got, want = torch.compile(function, fullgraph=True)(x, target), function(x, target)
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    got, want = compiled(x, target), function(x, target)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))
 

@@ -20,16 +20,17 @@ _triton = pytest.importorskip(
     "kernels._triton", reason="triton is not installed", exc_type=ImportError
 )
 from kernels.cross_entropy import triton as backend  # noqa: E402
+from kernels.cross_entropy import triton_linear  # noqa: E402
 from kernels.cross_entropy import triton_plan as plan  # noqa: E402
+from tests.cross_entropy import linear_cases  # noqa: E402
 from tests.layer_norm.test_triton import moves  # noqa: E402
 from tests.ptx.cross_entropy_cases import EVERYTHING, PLAIN, SOFT, Options  # noqa: E402
 
 CASES = Path(__file__).with_name("triton_interpreter_cases.py")
 
-# (classes, dtype, options): lanes to spare, vectors, none; rows swept by one warp and by eight;
-# every option at once, and probabilities, where registers ran out first.
+# (classes, dtype, options): whole sectors, spans of 4 and of 8 warps, powers of two; rows swept by
+# eight warps; every option at once, and probabilities, where registers ran out first.
 VARIANTS = [
-    (7, torch.float32, PLAIN),
     (96, torch.bfloat16, EVERYTHING),
     (255, torch.float32, EVERYTHING),
     (1001, torch.float16, EVERYTHING),
@@ -80,6 +81,40 @@ def test_compiles_without_spills(target):
         assert spilled == {}
 
 
+def compiled_linear(target: str, dtype: torch.dtype, case: linear_cases.Case):
+    """Every kernel of linear + cross-entropy without logits."""
+    problem = linear_cases.make_problem(300, 1000, 512, dtype, case)
+    dlse = torch.empty(300) if case.dlse else None
+    with _triton.compile_only(target) as kernels:
+        _, lse, *_ = triton_linear.forward(problem)
+        triton_linear.backward(problem, torch.empty(300), dlse, lse, (True, True, case.bias))
+    return kernels
+
+
+LINEAR = linear_cases.Case()
+LINEAR_EVERYTHING = linear_cases.Case(linear_cases.EVERYTHING, True, True, True)
+
+
+@pytest.mark.parametrize(("target", "dtype", "case"), [
+    ("sm_90", torch.bfloat16, LINEAR),
+    ("gfx942", torch.bfloat16, LINEAR_EVERYTHING),
+    *(
+        pytest.param(target, dtype, case, marks=pytest.mark.sweep)
+        for target in _triton.TARGETS
+        for dtype in (torch.bfloat16, torch.float32)
+        for case in (LINEAR, LINEAR_EVERYTHING)
+    ),
+], ids=str)  # fmt: skip
+def test_linear_compiles_without_spills(target, dtype, case):
+    kernels = compiled_linear(target, dtype, case)
+    assert len(kernels) == 4  # forward, merge, and the gradient of rows and of classes
+    assert {kernel.name: kernel.spills() for kernel in kernels if kernel.spills()} == {}
+    if (target, dtype) == ("sm_90", torch.bfloat16):
+        for kernel in kernels:
+            multiplies = "wgmma.mma_async" in kernel.file("ptx").read_text()
+            assert multiplies == (kernel.name != "merge_kernel")
+
+
 @pytest.mark.parametrize("classes", [32000, 50257])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_move_in_128_bit_vectors_wherever_they_start(dtype, classes):
@@ -99,6 +134,14 @@ def test_tiles_move_in_128_bit_vectors():
         count = moves(kernel)
         assert count["ld128"] > 0
         assert count.get("ld16", 0) == count.get("st16", 0) == 0
+
+
+def test_spans_move_in_128_bit_vectors():
+    """Elements one by one are those that the last span has beyond its vectors."""
+    for kernel in compiled("sm_80", 77, torch.bfloat16, PLAIN):
+        count = moves(kernel)
+        assert count["ld128"] == count["ld16"] // 8
+        assert count.get("st128", 0) == count.get("st16", 0) // 8
 
 
 def test_numbers_are_no_reason_to_compile_again():

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from kernels import dispatch
+from kernels.cross_entropy import linear_cross_entropy, triton_linear
 from kernels.cross_entropy import triton as backend
+from tests.cross_entropy import linear_cases
 from tests.ptx.cross_entropy_cases import EVERYTHING, PLAIN, SOFT, Options, check, make_logits
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -18,13 +22,14 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 # have none, and that several programs share.
 SIZES = [
     (1, 1),
-    (300, 2),
+    (70, 2),
     (33, 7),
     (9, 64),
     (9, 65),
     (5, 256),
     (5, 257),
-    (3, 272),
+    (3, 1001),
+    (3, 1056),
     (4, 1031),
     (2, 9001),
 ]
@@ -47,12 +52,12 @@ def test_values_and_gradients(rows, classes, dtype):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("classes", [67, 300])
+@pytest.mark.parametrize("classes", [67, 1050])
 def test_options(options, classes):
     check(backend, make_logits(6, classes, torch.float32), options)
 
 
-@pytest.mark.parametrize("classes", [65, 300])
+@pytest.mark.parametrize("classes", [65, 1031])
 def test_rows_with_gaps(classes):
     for inplace in (False, True):
         wide = make_logits(5, classes + 3, torch.float16)
@@ -79,3 +84,55 @@ def test_refused_in_the_interpreter():
     rest = (torch.tensor([1, 2]), None, -100, 0.0, 0.0, 0.0, 1.0, False)
     assert "bfloat16" in backend.unsupported(torch.randn(2, 8).bfloat16(), *rest)
     assert "float64" in backend.unsupported(torch.randn(2, 8).double(), *rest)
+
+
+# Rows, classes, features; blocks are of 16, 32 and 16 here.
+LINEAR_SIZES = [(1, 1, 1), (5, 3, 8), (33, 70, 40), (16, 32, 16), (50, 7, 33)]
+
+
+@pytest.mark.parametrize("sizes", LINEAR_SIZES, ids=str)
+def test_linear_without_logits(sizes):
+    everything = linear_cases.Case(linear_cases.EVERYTHING, True, True, True)
+    for case, dtype in ((linear_cases.Case(), torch.float16), (everything, torch.float32)):
+        problem = linear_cases.make_problem(*sizes, dtype, case)
+        linear_cases.check(triton_linear, problem, case)
+
+
+def test_linear_of_strided_matrices():
+    case = linear_cases.Case(linear_cases.PLAIN, bias=True)
+    problem = linear_cases.make_problem(20, 24, 12, torch.float32, case)
+    wide = torch.full((20, 17), torch.nan)
+    wide[:, :12] = problem.input
+    strided = problem._replace(
+        input=wide[:, :12],
+        linear_weight=problem.linear_weight.t().contiguous().t(),
+        linear_bias=problem.linear_bias[:, None].repeat(1, 2)[:, 0],
+        target=problem.target[:, None].repeat(1, 2)[:, 0],
+    )
+    linear_cases.check(triton_linear, strided, case)
+
+
+def test_linear_is_what_the_public_function_runs(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        triton_linear, "forward", lambda *a, f=triton_linear.forward: calls.append(1) or f(*a)
+    )
+    x, w = torch.randn(20, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    target = torch.randint(0, 30, (20,))
+    with dispatch.use("triton"):
+        loss = linear_cross_entropy(x, w, target)
+        gradients = torch.autograd.grad(loss, (x, w), retain_graph=True)
+        again = torch.autograd.grad(loss, (x, w))
+    want = F.cross_entropy(F.linear(x, w), target)
+    torch.testing.assert_close(loss, want)
+    for found in (gradients, again):
+        torch.testing.assert_close(found, torch.autograd.grad(want, (x, w), retain_graph=True))
+    assert calls == [1]
+
+
+def test_linear_refused():
+    case = linear_cases.Case()
+    problem = linear_cases.make_problem(4, 5, 6, torch.float32, case)
+    assert "chunk" in triton_linear.unsupported(problem._replace(chunk_rows=2))
+    assert "probabilities" in triton_linear.unsupported(problem._replace(target=torch.rand(4, 5)))
+    assert "float64" in triton_linear.unsupported(problem._replace(input=problem.input.double()))

@@ -54,6 +54,7 @@ def test_error_is_one_line_and_exit_code_2(tmp_path):
         ("long enough " * 200, ["--n-head", "3"], "n_embd"),
         ("long enough " * 200, ["--dropout", "1"], "dropout"),
         ("long enough " * 200, ["--device", "nonsense"], "--device nonsense"),
+        ("long enough " * 200, ["--device", "meta"], "--device meta"),
         ("long enough " * 200, ["--resume"], "--block-size cannot be given with --resume"),
     ],
 )
@@ -82,7 +83,13 @@ def test_unwritable_folder_is_found_before_training(command, text_file, tmp_path
 
 @pytest.mark.parametrize(
     "options",
-    [["--steps", "0"], ["--learning-rate", "nan"], ["--suffixes", "py"], ["--seed", "-1"]],
+    [
+        ["--steps", "0"],
+        ["--learning-rate", "nan"],
+        ["--suffixes", "py"],
+        ["--seed", "-1"],
+        ["--threads", "99999999999"],
+    ],
 )
 def test_bad_option_values_are_refused(options, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -47,7 +47,8 @@ def test_top_k(model):
 
 def test_low_temperature_is_almost_greedy(model):
     greedy = list(generate(model, PROMPT, 20, temperature=0))
-    assert list(generate(model, PROMPT, 20, temperature=1e-6)) == greedy
+    for temperature in (1e-6, 1e-38, 1e-320):  # the last two overflow, or are 0, in float32
+        assert list(generate(model, PROMPT, 20, temperature)) == greedy
 
 
 def test_training_mode_is_kept(model):
@@ -61,6 +62,7 @@ def test_training_mode_is_kept(model):
     [
         ({"prompt": torch.tensor([], dtype=torch.int64)}, "prompt"),
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
         ({"top_k": 0}, "top_k"),
     ],
 )

@@ -46,19 +46,29 @@ def balanced_signs(rows: int, cols: int) -> Tensor:
     return torch.where(order % 2 == 0, 1.0, -1.0)
 
 
-def check_sharp(rows: int, cols: int, dtype: torch.dtype, parameter_dtype: torch.dtype) -> None:
+def check_sharp(
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None = None,  # as the weight's
+    *,
+    present: tuple[bool, bool] = (True, True),  # weight and bias
+    wanted: tuple[bool, bool, bool] = (True, True, True),  # dx, dweight, dbias
+) -> None:
     """Forward and backward of the backend in use against float64, inside a session."""
     signs = balanced_signs(rows, cols)
-    scale = 2.0 ** torch.randint(-1, 2, (cols,)) * balanced_signs(1, cols)[0]
+    scale = torch.ones(cols)
+    if present[0]:
+        scale = 2.0 ** torch.randint(-1, 2, (cols,)) * balanced_signs(1, cols)[0]
+    shift = torch.randint(-4, 5, (cols,)) / 4 * present[1]
     x, dy = (3 + signs).to(dtype), ((2 + 3 * signs) / scale).to(dtype)
-    weight, bias = (
-        scale.to(parameter_dtype),
-        (torch.randint(-4, 5, (cols,)) / 4).to(parameter_dtype),
-    )
+    weight, bias = scale.to(weight_dtype), shift.to(bias_dtype or weight_dtype)
+    given = [p if there else None for p, there in zip((weight, bias), present, strict=True)]
 
-    backend = choose(x, (cols,), weight, bias)
-    y, statistics = backend.forward(x, (cols,), weight, bias, EPS)
-    gradients = backend.backward(dy, x, (cols,), weight, bias, statistics, (True, True, True))
+    backend = choose(x, (cols,), *given)
+    y, statistics = backend.forward(x, (cols,), *given, EPS)
+    gradients = backend.backward(dy, x, (cols,), *given, statistics, wanted)
 
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
     exact_y = F.layer_norm(leaves[0], (cols,), leaves[1], leaves[2], EPS)
@@ -68,6 +78,7 @@ def check_sharp(rows: int, cols: int, dtype: torch.dtype, parameter_dtype: torch
 
     assert_near("statistics", statistics, exact_statistics, 1e-6)
     assert_near("y", y, exact_y.detach(), 4e-6)
+    assert [gradient is not None for gradient in gradients] == list(wanted)
     # What is added up, of which dx is the small rest.
     terms = (
         5.0,
@@ -77,7 +88,8 @@ def check_sharp(rows: int, cols: int, dtype: torch.dtype, parameter_dtype: torch
     for name, found, right, size in zip(
         ("dx", "dweight", "dbias"), gradients, exact, terms, strict=True
     ):
-        assert_near(name, found, right, 2e-6 * size)
+        if found is not None:
+            assert_near(name, found, right, 2e-6 * size)
 
 
 def assert_near(name: str, found: Tensor, right: Tensor, tolerance: float) -> None:

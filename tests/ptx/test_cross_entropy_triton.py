@@ -1,9 +1,9 @@
 """Cross-entropy's Triton kernels on the executor: numbers against float64, and no report at all.
 
 A kernel is compiled anew for each dtype, set of options and size of tile, so by default each of the
-few combinations below has sizes of its own to sweep; the rest is `-m sweep`.  Rows of up to 256
-classes are tiles (BLOCK_N: the next power of two; vectors where the length allows), longer ones are
-swept by 1 to 8 warps in steps, the elements before and after their aligned vectors by themselves.
+few combinations below has sizes of its own to sweep; the rest is `-m sweep`.  Rows of up to 1024
+classes are tiles (BLOCK_N: the next power of two), those of odd lengths moved as spans; longer
+ones are swept by 1 to 8 warps in steps, the elements before and after their vectors by themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 import ptx
 from kernels import dispatch
-from kernels.cross_entropy import cross_entropy
+from kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from ptx import counters
 from tests.ptx.conftest import SCHEDULES
 from tests.ptx.cross_entropy_cases import (
     DTYPES,
@@ -47,8 +48,14 @@ def run(arch: str, turn: int, rows: int, classes: int, dtype: torch.dtype, optio
 
 
 TILES = [
-    ("sm_80", torch.float32, [*range(65, 128, 4)], PLAIN),  # no vectors
-    ("sm_90a", torch.bfloat16, [*range(72, 129, 8)], EVERYTHING),  # vectors
+    ("sm_80", torch.float32, [*range(65, 128, 4)], PLAIN),  # spans
+    ("sm_80", torch.bfloat16, [513, 777, 1023], SOFT),  # spans of two dtypes
+    (
+        "sm_90a",
+        torch.bfloat16,
+        [*range(72, 129, 8)],
+        EVERYTHING,
+    ),  # spans and whole sectors
 ]
 
 
@@ -56,13 +63,13 @@ TILES = [
 def test_tiles(arch, dtype, lengths, options):
     for turn, classes in enumerate(lengths):
         names = run(arch, turn, 3 + 5 * turn, classes, dtype, options)
-        assert names == {"_forward_tile_kernel", "_backward_tile_kernel"}
+        assert names - {"_mass_kernel"} == {"_forward_tile_kernel", "_backward_tile_kernel"}
 
 
 SWEEPS = [
-    ("sm_80", torch.bfloat16, [*range(511, 549, 3), 2048], PLAIN),  # one warp
-    ("sm_90a", torch.float32, [*range(1023, 1042, 2), 257, 2047], EVERYTHING),
-    ("sm_90a", torch.float16, [300, 1025, 2001], SOFT),
+    ("sm_80", torch.bfloat16, [*range(1025, 1063, 3), 2048], PLAIN),  # one warp
+    ("sm_90a", torch.float32, [*range(1025, 1044, 2), 2047], EVERYTHING),
+    ("sm_90a", torch.float16, [1025, 1300, 2001], SOFT),
 ]
 
 
@@ -91,16 +98,28 @@ def test_rows_that_programs_share(rows):
 def test_views_and_gradients_in_place():
     """Strided rows and those that start off a boundary, in the kernels of the sweeps above."""
     for turn, (gap, offset) in enumerate([(3, 0), (8, 0), (0, 1), (5, 3)]):
-        wide = make_logits(3, 523 + gap, torch.bfloat16).flatten()
-        memory = torch.cat([torch.full((offset,), torch.nan).bfloat16(), wide])
-        view = memory[offset:].view(3, 523 + gap)[:, :523]
-        for inplace in (False, True):
-            with ptx.run("sm_80", schedule=SCHEDULES[turn % 3], seed=turn, multiprocessors=1):
-                check(backend, view, Options(inplace=inplace))
+        for classes in (69, 1035):  # a tile, and swept
+            wide = make_logits(3, classes + gap, torch.bfloat16).flatten()
+            memory = torch.cat([torch.full((offset,), torch.nan).bfloat16(), wide])
+            view = memory[offset:].view(3, classes + gap)[:, :classes]
+            for inplace in (False, True):
+                with ptx.run("sm_80", schedule=SCHEDULES[turn % 3], seed=turn, multiprocessors=1):
+                    check(backend, view, Options(inplace=inplace))
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 301), (torch.bfloat16, 303)])
+def test_short_rows_move_few_bytes(dtype, rows):
+    """Rows of any length, each tile after the other, and what of them the last tile has."""
+    for turn, classes in enumerate((77, 69, 65)):
+        with ptx.run("sm_80", schedule=SCHEDULES[turn], multiprocessors=1) as session:
+            check(backend, make_logits(rows + turn, classes, dtype), Options(stats=False))
+        forward, backward = session.launches
+        assert counters.moved_over_least([forward]) <= 1.05
+        assert counters.moved_over_least([forward, backward]) <= 1.05
 
 
 @pytest.mark.parametrize(
-    ("classes", "dtype", "arch"), [(69, torch.float32, "sm_80"), (530, torch.bfloat16, "sm_80")]
+    ("classes", "dtype", "arch"), [(69, torch.float32, "sm_80"), (1042, torch.bfloat16, "sm_80")]
 )
 def test_wrong_targets_ignored_rows_and_infinities(classes, dtype, arch):
     logits = make_logits(10, classes, dtype)
@@ -151,6 +170,24 @@ def test_the_public_function(reduction):
     assert_as_exact_as_torch(found, torchs, exact, ("loss", "gradient"))
 
 
+def test_checked_mode_raises_where_a_gpu_says_nan():
+    x, w, target = (
+        make_logits(24, 72, torch.bfloat16),
+        torch.randn(72, 72).bfloat16(),
+        torch.arange(24),
+    )
+    target[7] = 72
+    with ptx.run("sm_90a") as session, dispatch.use("triton"):
+        assert cross_entropy(x, target, reduction="none").isnan().nonzero().tolist() == [[7]]
+        launches = len(session.launches)
+        with dispatch.checked():
+            with pytest.raises(IndexError, match="target 72 at position 7 is out of range"):
+                cross_entropy(x, target)
+            with pytest.raises(IndexError, match="target 72 at position 7 is out of range"):
+                linear_cross_entropy(x, w, target)
+        assert len(session.launches) == launches
+
+
 OPTIONS = [
     PLAIN,
     EVERYTHING,
@@ -169,6 +206,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("arch", "dtype"), ALL, ids=str)
 def test_everything_with_everything(arch, dtype, options):
-    lengths = [1, 2, 3, 7, 8, 9, 16, 31, 33, 64, 100, 200, 255, 256, 257, 1000, 2049, 4100, 8200]
+    lengths = [1, 2, 3, 7, 8, 9, 16, 31, 33, 64, 100, 200, 255, 256, 257, 1000, 1024]
+    lengths += [1025, 2049, 4100, 8200]
     for turn, classes in enumerate(lengths):
         run(arch, turn, 5, classes, dtype, options)

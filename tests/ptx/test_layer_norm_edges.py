@@ -15,12 +15,13 @@ import torch
 import ptx
 from kernels import dispatch
 from kernels.layer_norm import reference
-from tests.ptx.layer_norm_cases import CUDA_ARCHS, EPS
-from tests.ptx.test_layer_norm_sharp import TRITON_ARCHS, VECTORS, check
+from tests.ptx.layer_norm_cases import CUDA_ARCHS, EPS, triton_setting
+from tests.ptx.test_layer_norm_sharp import VECTORS, check
 
 # One for each of cuda's kernels, with vectors and without, and for each of its shapes.
 COLUMNS = [72, 255, 504, 511, 520, 1000, 1024, 2040, 2039, 16392, 16385]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+EACH_VECTOR = (torch.bfloat16, torch.float32)  # of 8 elements and of 4
 EACH_GRADIENT = [(True, False, False), (False, True, False), (False, False, True)]
 # Rows of these lengths have means that float32 rounds, and a variance that only the second pass
 # over the row gets right. Enough of both that each element of a tile matters in some row.
@@ -28,29 +29,32 @@ NEARLY_CONSTANT = [(72, 72), (70, 65), (36, 256), (36, 255), (20, 1000), (20, 10
 NEARLY_CONSTANT += [(9, 2040), (9, 2047)]
 
 
+@pytest.mark.parametrize("dtype", EACH_VECTOR, ids=str)
 @pytest.mark.parametrize("cols", COLUMNS)
-def test_cuda_parameters_of_every_dtype(cols):
+def test_cuda_parameters_of_every_dtype(cols, dtype):
     for weights, biases in itertools.product(DTYPES, repeat=2):
-        check("cuda", "sm_90a", 2, cols, torch.bfloat16, weights, biases=biases)
+        check("cuda", CUDA_ARCHS[dtype], 2, cols, dtype, weights, biases)
 
 
+@pytest.mark.parametrize("dtype", EACH_VECTOR, ids=str)
 @pytest.mark.parametrize("cols", COLUMNS)
-def test_cuda_each_gradient_alone(cols):
+def test_cuda_each_gradient_alone(cols, dtype):
     for wanted in EACH_GRADIENT:
-        check("cuda", "sm_90a", 9, cols, torch.bfloat16, wanted=wanted)
+        check("cuda", CUDA_ARCHS[dtype], 9, cols, dtype, torch.float32, wanted=wanted)
 
 
+@pytest.mark.parametrize("dtype", EACH_VECTOR, ids=str)
 @pytest.mark.parametrize("cols", COLUMNS)
-def test_cuda_absent_parameters(cols):
-    cases = [(True, False, dtype) for dtype in DTYPES] + [(False, True, dtype) for dtype in DTYPES]
+def test_cuda_absent_parameters(cols, dtype):
+    cases = [(True, False, each) for each in DTYPES] + [(False, True, each) for each in DTYPES]
     for weight, bias, parameters in [*cases, (False, False, torch.float32)]:
-        wanted, present = (True, weight, bias), (weight, bias)
-        check("cuda", "sm_90a", 2, cols, torch.bfloat16, parameters, wanted, present)
+        options = {"present": (weight, bias), "wanted": (True, weight, bias)}
+        check("cuda", CUDA_ARCHS[dtype], 2, cols, dtype, parameters, **options)
 
 
 def test_cuda_every_number_of_threads_and_of_chunks_of_a_row():
     for cols in (*range(2, 32), 40, 72, 136, *range(33, 512, 32)):
-        check("cuda", "sm_90a", 9, cols, torch.bfloat16)
+        check("cuda", "sm_90a", 9, cols, torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("parameters", DTYPES, ids=str)
@@ -70,13 +74,15 @@ def shifted(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
     return x.scatter(1, at, (x * (1 + torch.finfo(dtype).eps)).gather(1, at))
 
 
-def check_nearly_constant(backend: str, arch: str, x: torch.Tensor, held: bool = False) -> None:
+def check_nearly_constant(
+    backend: str, arch: str, x: torch.Tensor, parameters: torch.dtype, held: bool = False
+) -> None:
     """With `held`, of a kernel that subtracts the mean in two parts: right to the last place.
 
     In others the mean is rounded before it is subtracted.
     """
     rows, cols = x.shape
-    weight, bias = torch.ones(cols, dtype=x.dtype), torch.zeros(cols, dtype=x.dtype)
+    weight, bias = torch.ones(cols, dtype=parameters), torch.zeros(cols, dtype=parameters)
     with ptx.run(arch, multiprocessors=1):
         module = dispatch.load("layer_norm", backend)
         y, statistics = module.forward(x, (cols,), weight, bias, EPS)
@@ -93,16 +99,17 @@ def check_nearly_constant(backend: str, arch: str, x: torch.Tensor, held: bool =
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_rows_of_nearly_equal_values(backend, dtype):
+def test_cuda_rows_of_nearly_equal_values(dtype):
     """The variance is 1e-10 of the squared mean."""
-    if backend == "triton":
-        pytest.importorskip("triton")
-    arch = (CUDA_ARCHS if backend == "cuda" else TRITON_ARCHS)[dtype]
-    for rows, cols in NEARLY_CONSTANT:
-        check_nearly_constant(backend, arch, shifted(rows, cols, dtype), backend == "triton")
-    for cols in (16385, 16392):
-        check_nearly_constant(backend, arch, shifted(3, cols, dtype))
+    for rows, cols in [*NEARLY_CONSTANT, (3, 16385), (3, 16392)]:
+        check_nearly_constant("cuda", CUDA_ARCHS[dtype], shifted(rows, cols, dtype), dtype)
+
+
+@pytest.mark.parametrize(("rows", "cols"), NEARLY_CONSTANT)
+def test_triton_rows_of_nearly_equal_values(rows, cols):
+    pytest.importorskip("triton")
+    arch, dtype, parameters = triton_setting(cols)
+    check_nearly_constant("triton", arch, shifted(rows, cols, dtype), parameters, held=True)
 
 
 @pytest.mark.parametrize(("vec", "arch", "dtype"), VECTORS)
@@ -110,11 +117,57 @@ def test_swept_rows_of_nearly_equal_values(vec, arch, dtype):
     pytest.importorskip("triton")
     for cols in (16384 + vec, 20480 + vec):
         x = shifted(3, cols, dtype if dtype != torch.float32 else torch.bfloat16).to(dtype)
-        check_nearly_constant("triton", arch, x)
+        check_nearly_constant("triton", arch, x, dtype)
 
 
 def integers(low: int, high: int, *shape: int) -> torch.Tensor:
     return torch.randint(low, high + 1, shape).float()
+
+
+def check_whole_sums(
+    backend: str, arch: str, rows: int, cols: int, dtypes: list[torch.dtype], multiprocessors: int
+) -> None:
+    """dweight and dbias without dx; sums of whole numbers are exact in any order.
+
+    `dtypes`: of x, weight, and bias.
+    """
+    dtype, weights, biases = dtypes
+    x, dy = integers(-3, 3, rows, cols).to(dtype), integers(-1, 1, rows, cols).to(dtype)
+    mean, rstd = integers(-2, 2, rows), 2 ** integers(-1, 1, rows)
+    weight, bias = torch.ones(cols, dtype=weights), torch.ones(cols, dtype=biases)
+    xhat = (x.float() - mean[:, None]) * rstd[:, None]
+    module = dispatch.load("layer_norm", backend)
+    exact = (dy.float() * xhat).sum(0).to(weights), dy.float().sum(0).to(biases)
+    for wanted in ((False, True, True), (False, True, False), (False, False, True)):
+        with ptx.run(arch, multiprocessors=multiprocessors):
+            statistics = torch.cat((mean, rstd))
+            found = module.backward(dy, x, (cols,), weight, bias, statistics, wanted)
+        for total, right, asked in zip(found[1:], exact, wanted[1:], strict=True):
+            assert total is None if not asked else torch.equal(total, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_sums_any_number_of_rows(dtype):
+    """A block has 256 columns, which may end at each of a thread's; each of its eight warps takes
+    two rows at a time; from 65 rows on there are several partial sums to add."""
+    arch = CUDA_ARCHS[dtype]
+    for turn, rows in enumerate((*range(1, 35), 65, 130, 200)):
+        for cols in (248, 264, 519):
+            check_whole_sums("cuda", arch, rows, cols, [dtype, *mixed(turn)], 2)
+    for turn, cols in enumerate((*range(31, 256, 32), *range(20, 256, 32))):
+        check_whole_sums("cuda", arch, 9, cols, [dtype, *mixed(turn)], 2)
+
+
+def mixed(turn: int) -> tuple[torch.dtype, torch.dtype]:
+    """Of weight and bias."""
+    return DTYPES[turn % 3], DTYPES[turn // 3 % 3]
+
+
+def test_cuda_adds_any_number_of_partial_sums():
+    """64 rows each. 32 warps take them in turn, four at a time."""
+    for turn, partials in enumerate((2, 3, 4, 5, 7, 9, 17, 31, 33, 64, 100, 128, 129, 160, 165)):
+        dtypes = [torch.bfloat16, *mixed(turn)]
+        check_whole_sums("cuda", "sm_90a", 64 * partials, 33, dtypes, partials)
 
 
 @pytest.mark.parametrize(("vec", "arch", "dtype"), VECTORS)

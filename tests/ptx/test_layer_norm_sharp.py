@@ -5,14 +5,15 @@ gradients are not asked for."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-import torch.nn.functional as F
 
 import ptx
 from kernels import dispatch
 from kernels.layer_norm import reference
-from tests.ptx.layer_norm_cases import CUDA_ARCHS, EPS, balanced_signs
+from tests.ptx.layer_norm_cases import CUDA_ARCHS, EPS, check_sharp, triton_setting
 
 # With 128-bit vectors and without: each number of columns per thread or tile, and swept rows. Rows
 # enough that the threads of the one multiprocessor go round more than once.
@@ -26,65 +27,29 @@ VECTORS += [(4, "sm_90a", torch.float16), (8, "sm_90a", torch.float32)]
 TRITON_ARCHS = {torch.bfloat16: "sm_80", torch.float16: "sm_80", torch.float32: "sm_90a"}
 
 
-def powers_of_two(cols: int) -> torch.Tensor:
-    """Weights by which every dtype divides without rounding; few are the same as the next."""
-    return 2.0 ** torch.randint(-1, 2, (cols,)) * torch.randn(cols).sign()
-
-
-def check(
-    backend: str,
-    arch: str,
-    rows: int,
-    cols: int,
-    dtype: torch.dtype,
-    parameters: torch.dtype = torch.float32,
-    wanted: tuple[bool, bool, bool] = (True, True, True),
-    present: tuple[bool, bool] = (True, True),  # weight and bias
-    biases: torch.dtype | None = None,  # where not as the weights
-) -> None:
-    signs = balanced_signs(rows, cols)
-    weight = (powers_of_two(cols) if present[0] else torch.ones(cols)).to(parameters)
-    bias = (torch.randint(-3, 4, (cols,)) * present[1]).to(biases or parameters)
-    given = [
-        tensor if there else None for tensor, there in zip((weight, bias), present, strict=True)
-    ]
-    x, dy = (3 + signs).to(dtype), ((2 + 3 * signs) / weight.float()).to(dtype)
-    module = dispatch.load("layer_norm", backend)
-    with ptx.run(arch, multiprocessors=1):
-        y, statistics = module.forward(x, (cols,), *given, EPS)
-        gradients = module.backward(dy, x, (cols,), *given, statistics, wanted)
-    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
-    exact_y = F.layer_norm(leaves[0], (cols,), leaves[1], leaves[2], EPS)
-    exact = torch.autograd.grad(exact_y, leaves, dy.double())
-    exact_statistics = reference.row_statistics(x.double(), (cols,), EPS)
-
-    assert_near(statistics, exact_statistics, 1e-6)
-    assert_near(y, exact_y.detach(), 5 * (2e-6 + torch.finfo(dtype).eps))
-    assert [gradient is not None for gradient in gradients] == list(wanted)
-    for name, found, right, size in zip(
-        ("dx", "dweight", "dbias"), gradients, exact, (5, 10 * rows, 10 * rows), strict=True
-    ):
-        if found is None:
-            continue
-        # dx is the small rest of terms of size 5, rounded once more to its own dtype.
-        rounding = torch.finfo(found.dtype).eps * right.abs().max().item()
-        assert_near(found, right, 2e-6 * size + rounding, name)
-
-
-def assert_near(found: torch.Tensor, right: torch.Tensor, tolerance: float, name: str = "") -> None:
-    error = (found.double().reshape(right.shape) - right).abs().max().item()
-    assert error <= tolerance, f"{name}: error {error:.2e}, allowed {tolerance:.2e}"
+def check(backend: str, arch: str, *sizes_and_dtypes: Any, **options: Any) -> None:
+    """`check_sharp` on one multiprocessor."""
+    with ptx.run(arch, multiprocessors=1), dispatch.use(backend):
+        check_sharp(*sizes_and_dtypes, **options)
 
 
 @pytest.mark.parametrize("dtype", CUDA_ARCHS, ids=str)
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 def test_cuda(rows, cols, dtype):
-    check("cuda", CUDA_ARCHS[dtype], rows, cols, dtype)
+    check("cuda", CUDA_ARCHS[dtype], rows, cols, dtype, torch.float32)
 
 
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_triton(rows, cols):
+    pytest.importorskip("triton")
+    arch, dtype, parameters = triton_setting(cols)
+    check("triton", arch, rows, cols, dtype, parameters)
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", TRITON_ARCHS, ids=str)
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
-def test_triton(rows, cols, dtype):
+def test_triton_in_every_dtype(rows, cols, dtype):
     """Parameters of another dtype make another kernel: both."""
     pytest.importorskip("triton")
     for parameters in {torch.float32, dtype}:
@@ -128,7 +93,8 @@ def test_rows_of_equal_values_have_no_variance(backend, rows, cols):
     arch = (CUDA_ARCHS if backend == "cuda" else TRITON_ARCHS)[x.dtype]
     with ptx.run(arch, multiprocessors=1):
         y, statistics = module.forward(x, (cols,), torch.ones(cols), torch.zeros(cols), EPS)
-    assert_near(y, torch.zeros_like(x).double(), 1e-2)  # 4 units in the last place of the mean
+    assert y.abs().max() <= 1e-2  # 4 units in the last place of the mean
     # The mean is right to two units in its last place, 1.5e-5, and rstd is what that leaves.
-    assert_near(statistics[:rows], x[:, 0].double(), 2e-5)
-    assert_near(statistics, reference.row_statistics(x.double(), (cols,), EPS), 5e-3)
+    exact = reference.row_statistics(x.double(), (cols,), EPS)
+    assert (statistics[:rows] - x[:, 0]).abs().max() <= 2e-5
+    assert (statistics - exact.view_as(statistics)).abs().max() <= 5e-3

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from kernels.attention import arguments as checks
 from kernels.attention.decode import reference
-from kernels.dispatch import define
+from kernels.dispatch import define, is_readable
 
 NAME = "decode_attention"
 CACHE_DTYPES = (*checks.DTYPES, torch.int8)
@@ -72,7 +72,8 @@ def decode_attention(
             With block_table [pages, Hkv, page_size, D]: key j of sequence b is
             k_cache[block_table[b, j // page_size], :, j % page_size].
         lengths: int32 (or int64) [B]: keys in each sequence.  On the CPU an error where it is more
-            than the cache holds; on a GPU, which is not waited for, it is cut to that.
+            than the cache holds; on a GPU, which is not waited for, it is cut to that
+            (kernels.dispatch.checked makes it an error there, too).
         block_table: None or int32 (or int64) [B, max_pages].
         k_scale, v_scale: with an int8 cache, float32 [B, Hkv, S] (paged: [pages, Hkv, page_size]):
             what each key and value vector is multiplied by.
@@ -124,6 +125,8 @@ def decode_attention(
         )
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         out, lse = reference.forward(*call)
+    elif call.query.is_meta:
+        out, lse = reference.forward(*call)  # there are no lengths for eager to read
     elif 0 in call.query.shape or call.v_cache.shape[3] == 0:
         out, lse = reference.forward(*call)  # an empty result: no kernel needs to know
     else:
@@ -163,7 +166,7 @@ def prepare(
         capacity = block_table.shape[1] * k_cache.shape[2]
         if not k_cache.shape[2]:
             raise RuntimeError(f"{NAME}: the pages of k_cache hold no keys: {list(k_cache.shape)}")
-    if _is_readable(lengths):
+    if is_readable(lengths):
         _check_values(lengths, block_table, k_cache, capacity)
     pattern = checks.pattern_of(
         NAME, (length_q, capacity), is_causal, window, global_tokens, "lower_right"
@@ -255,11 +258,6 @@ def _indices(name: str, tensor: Any, shape: tuple[int | None, ...], query: Tenso
     return tensor.int().contiguous()
 
 
-def _is_readable(tensor: Tensor) -> bool:
-    """Whether its values are at hand: on a GPU and in a traced program they are not."""
-    return tensor.is_cpu and type(tensor) is Tensor and not torch.compiler.is_compiling()
-
-
 def _check_values(
     lengths: Tensor, block_table: Tensor | None, cache: Tensor, capacity: int
 ) -> None:
@@ -273,7 +271,7 @@ def _check_values(
     if block_table is None:
         return
     page_size, pages = cache.shape[2], cache.shape[0]
-    used = torch.arange(block_table.shape[1]) * page_size < lengths[:, None]
+    used = torch.arange(block_table.shape[1], device=lengths.device) * page_size < lengths[:, None]
     wrong = used & ((block_table < 0) | (block_table >= pages))
     if bool(wrong.any()):
         sequence, place = (int(x) for x in wrong.nonzero()[0])

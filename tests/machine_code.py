@@ -1,0 +1,67 @@
+"""What ptxas says of the CUDA kernels of an op for one target: registers, stack and spills.
+
+The PTX is the executor's, from its cache, so that it is compiled once for all tests.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from ptx import build
+
+# Machine code -> the PTX it is made of, as in the package but for 86 and 89, whose code differs
+# from that of 80 in what ptxas makes of it alone.
+TARGETS = {"80": "80", "86": "80", "89": "80", "90a": "90a", "100a": "100a", "120a": "120a"}
+REGISTERS = 65536  # of a multiprocessor, on every target
+
+
+def targets(default: tuple[str, ...]) -> list[object]:
+    """Every target as the parameters of a fixture; those not in `default` under `sweep`."""
+    return [t if t in default else pytest.param(t, marks=pytest.mark.sweep) for t in TARGETS]
+
+
+class Usage(NamedTuple):
+    kernel: str
+    target: str
+    integers: tuple[int, ...]  # template arguments
+    registers: int
+    local: int  # bytes of stack and spills
+
+
+def usages(op: str, target: str, folder: Path) -> list[Usage]:
+    """Of every kernel of `op`; fails where one does not compile."""
+    ptx = build.nvcc_ptx(build.op_sources()[op], f"sm_{TARGETS[target]}")
+    return _parsed(assemble(ptx, target, folder)[1])
+
+
+def assemble(ptx: str, target: str, folder: Path) -> tuple[Path, str]:
+    """The machine code, and what ptxas says of it."""
+    text, cubin = folder / "kernels.ptx", folder / "kernels.cubin"
+    text.write_text(ptx)
+    ptxas = Path(build.nvcc()).resolve().with_name("ptxas")
+    command = [ptxas, "-v", f"-arch=sm_{target}", text, "-o", cubin]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return cubin, result.stderr
+
+
+def _parsed(ptxas: str) -> list[Usage]:
+    found = []
+    for entry in ptxas.split("Compiling entry function ")[1:]:
+        head = re.match(r"'(?P<name>\S+)' for 'sm_(?P<target>\w+)'", entry)
+        memory = re.search(r"(\d+) bytes stack.*?(\d+) bytes spill.*?(\d+) bytes spill", entry)
+        registers = re.search(r"Used (\d+) registers", entry)
+        assert head, entry
+        assert memory, entry
+        assert registers, entry
+        kernel = re.search(r"\d([a-z]+(?:_[a-z]+\d*)*_kernel)", head["name"])
+        assert kernel, head["name"]
+        integers = tuple(int(n) for n in re.findall(r"Li(\d+)E", head["name"]))
+        local = sum(int(n) for n in memory.groups())
+        found.append(Usage(kernel[1], head["target"], integers, int(registers[1]), local))
+    return found
