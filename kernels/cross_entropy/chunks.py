@@ -96,17 +96,22 @@ def logits_of_chunks(problem: Problem) -> Iterator[tuple[slice, Tensor]]:
     for chunk in chunks:
         logits = buffer[: chunk.stop - chunk.start]
         if in_parts(x):
-            rows = x[chunk].float()
-            for part in parts(matrix.shape[1]):
-                product = rows @ matrix[:, part].float()
-                if problem.linear_bias is not None:
-                    product += problem.linear_bias[part]
-                logits[:, part] = product
+            _logits_in_parts(problem, chunk, logits)
         elif problem.linear_bias is None:
             torch.mm(x[chunk], matrix, out=logits)
         else:
             torch.addmm(problem.linear_bias, x[chunk], matrix, out=logits)
         yield chunk, logits
+
+
+def _logits_in_parts(problem: Problem, chunk: slice, logits: Tensor) -> None:
+    with torch.autocast("cpu", enabled=False):  # which would take the products to 16 bits again
+        x = problem.input[chunk].float()
+        for part in parts(logits.shape[1]):
+            product = x @ problem.linear_weight[part].float().t()
+            if problem.linear_bias is not None:
+                product += problem.linear_bias[part]
+            logits[:, part] = product
 
 
 class GradientSums:
@@ -130,7 +135,8 @@ class GradientSums:
     def add(self, chunk: slice, dlogits: Tensor) -> None:
         x = self.problem.input[chunk]
         if in_parts(x):
-            self._add_in_parts(chunk, dlogits)
+            with torch.autocast("cpu", enabled=False):
+                self._add_in_parts(chunk, dlogits)
             return
         if self.dinput is not None:
             torch.mm(dlogits, self.problem.linear_weight, out=self.dinput[chunk])
