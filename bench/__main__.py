@@ -1,10 +1,13 @@
-"""python -m bench gates [--update] [--peers] [--only cuda|triton] [--static]"""
+"""python -m bench gates [--update] [--peers] [--only cuda|triton] [--static]
+python -m bench scaling [--dtype bfloat16] [--longest 4096] [--png FILE]"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
+import torch
 from tabulate import tabulate
 
 from bench import compiled, gates
@@ -67,7 +70,16 @@ def main() -> int:
     command.add_argument("--peers", action="store_true", help="count Liger and torch.compile too")
     command.add_argument("--only", choices=["cuda", "triton"], help="one kind of kernels")
     command.add_argument("--static", action="store_true", help="compile only, execute nothing")
+    command = commands.add_parser("scaling", help="attention's time and memory by length, on a CPU")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    command.add_argument("--longest", type=int, default=16384, help="length to end with (16384)")
+    command.add_argument("--png", type=Path, help="file for a plot")
     arguments = parser.parse_args()
+    if arguments.command == "scaling":
+        from bench import scaling
+
+        scaling.show(getattr(torch, arguments.dtype), arguments.longest, arguments.png)
+        return 0
     if arguments.peers:
         from bench import peers
 

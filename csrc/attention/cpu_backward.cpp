@@ -94,10 +94,38 @@ void store_dq(const Head& h, const Gradients& g, const Tile& tile, const float* 
   });
 }
 
-// A unit on one thread.
+// Has fetched what the tiles from query `first` on will read, and the keys they are the first to
+// see if the pattern is causal.
+void fetch_tiles(const Head& h, const Gradients& g, int first, Fetcher& fetcher) {
+  const Call& c = h.call;
+  const Sequence& s = h.sequence;
+  const int end = least(first + kTilesAtOnce * kQueries, s.queries);
+  const int64_t row = s.query_row + first, row_end = s.query_row + end;
+  fetch(fetcher, h, c.query, h.number, row, row_end, c.head_dim);
+  fetch(fetcher, h, g.dout, h.number, row, row_end, c.value_dim);
+  fetch(fetcher, h, c.out, h.number, row, row_end, c.value_dim);
+  if (!c.causal) return;
+  const int key = greatest(first + s.offset, 0), key_end = least(end + s.offset, s.keys);
+  fetch(fetcher, h, c.key, h.kv_head(), s.key_row + key, s.key_row + key_end, c.head_dim);
+  fetch(fetcher, h, c.value, h.kv_head(), s.key_row + key, s.key_row + key_end, c.value_dim);
+}
+
+// Has fetched what a unit begins with.
+void fetch_unit(const Call& c, const Gradients& g, const Unit& u, Fetcher& fetcher) {
+  constexpr int kMostKeys = 512;  // whose sums are in the L2 cache when they are cleared
+  const Head h = u.head(c, 0);
+  fetch_tiles(h, g, 0, fetcher);
+  const int64_t row = u.sequence.key_row, end = row + least(u.sequence.keys, kMostKeys);
+  if (g.dkey.data) fetch(fetcher, h, g.dkey, u.kv_head, row, end, c.head_dim);
+  if (g.dvalue.data) fetch(fetcher, h, g.dvalue, u.kv_head, row, end, c.value_dim);
+}
+
+// A unit on one thread, which will go on with unit `next`, or so one thinks.
 template <class Dot>
-void run_unit(const Call& c, const Gradients& g, const Unit& u, GradientWorkspace<Dot>& w) {
-  for (int64_t member = 0; member < u.query_heads(c); member++) {
+void run_unit(const Call& c, const Gradients& g, const Unit& u, const Unit* next,
+              GradientWorkspace<Dot>& w) {
+  const int64_t members = u.query_heads(c);
+  for (int64_t member = 0; member < members; member++) {
     const Head h = u.head(c, member);
     for (int first = 0; first < u.sequence.queries; first += kTilesAtOnce * kQueries) {
       int begin = u.sequence.keys, end = 0, count = 0;
@@ -112,6 +140,13 @@ void run_unit(const Call& c, const Gradients& g, const Unit& u, GradientWorkspac
         const KeyRange range(u.sequence, h.pattern, t.tile);
         begin = least(begin, range.begin);
         end = greatest(end, range.end);
+      }
+      if (first + kTilesAtOnce * kQueries < u.sequence.queries) {
+        fetch_tiles(h, g, first + kTilesAtOnce * kQueries, w.fetcher);
+      } else if (member + 1 < members) {
+        fetch_tiles(u.head(c, member + 1), g, 0, w.fetcher);
+      } else if (next) {
+        fetch_unit(c, g, *next, w.fetcher);
       }
       add_keys(h, count, begin, end, u.dkey, u.dvalue, w);
       for (int i = 0; i < count && g.dquery.data; i++)
@@ -259,7 +294,8 @@ void backward_with(const Call& c, const Gradients& g) {
         Unit u(c, i);
         float* next = sums;
         begin_unit(c, g, u, next);
-        run_unit(c, g, u, w);
+        const Unit after = i + threads < alone ? Unit(c, i + threads) : Unit();
+        run_unit(c, g, u, i + threads < alone ? &after : nullptr, w);
         end_unit(c, g, u);
       }
     });

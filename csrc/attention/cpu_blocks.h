@@ -61,7 +61,7 @@ Operand rows_operand(const Head& h, const Heads& x, int64_t head, int64_t begin,
 // `begin`, B is a transposed tile.
 template <class Dot>
 SIMD_INLINE void multiply_columns(const Rectangle& r, int begin, Operand a, const float* b,
-                                  int columns, float* out) {
+                                  int columns, float* out, Fetcher* fetcher = nullptr) {
   const int first = r.first_vector * kLanes;
   matmul<Dot, Write::kSet>({.a = a.data + (r.key - begin) * a.row,
                             .a_row = a.row,
@@ -70,9 +70,19 @@ SIMD_INLINE void multiply_columns(const Rectangle& r, int begin, Operand a, cons
                             .b_step = kQueries,
                             .c = out + first,
                             .c_row = kQueries,
-                            .scale = nullptr},
+                            .scale = nullptr,
+                            .fetcher = fetcher},
                            r.keys, r.end_vector - r.first_vector,
                            (columns + Dot::kPack - 1) / Dot::kPack);
+}
+
+// Has rows [begin, end) of a head fetched, as far as there are any.
+inline void fetch(Fetcher& fetcher, const Head& h, const Heads& x, int64_t head, int64_t begin,
+                  int64_t end, int columns) {
+  const int64_t size = h.call.dtype == DType::kFloat32 ? 4 : 2;
+  const char* rows = static_cast<const char*>(x.data) +
+                     (h.sequence.batch * x.batch + head * x.head + begin * x.row) * size;
+  fetcher.add(rows, x.row * size, int(end - begin), columns * size);
 }
 
 // Threads worth using.

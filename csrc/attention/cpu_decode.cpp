@@ -41,10 +41,10 @@ SIMD_INLINE void prefetch(const void* row, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(row) + b);
 }
 
-// Products of one query with `count` keys; `next` are rows that will be read soon.
+// Products of one query with `count` keys; `next` are rows that will be read soon, fetched one by
+// one: all at once they would hold up the loads in between.
 template <class T>
-void products(const float* query, int dims, Rows<T> keys, int count, const void* next,
-              int64_t next_stride, int64_t next_bytes, float* out) {
+void products(const float* query, int dims, Rows<T> keys, int count, Rows<T> next, float* out) {
   for (int j = 0; j < count; j += kLanes) {
     const int last = count - j < kLanes ? count - j - 1 : kLanes - 1;
     const T* block = keys.data + j * keys.stride;
@@ -55,7 +55,9 @@ void products(const float* query, int dims, Rows<T> keys, int count, const void*
         const vf q = load(query + d);
 #pragma GCC unroll 16
         for (int r = 0; r < kLanes; r++) {
+          const int64_t row = j + r;
           sum[r] += q * load_some(block + r * keys.stride + d, kLanes);
+          __builtin_prefetch(next.data + row * next.stride + d);
         }
       }
     }
@@ -65,22 +67,21 @@ void products(const float* query, int dims, Rows<T> keys, int count, const void*
         sum[r] += q * load_some(block + r * keys.stride + d, dims - d);
       }
     }
-    if (next) {
-      for (int r = 0; r <= last; r++) {
-        prefetch(static_cast<const char*>(next) + (j + r) * next_stride, next_bytes);
-      }
-    }
     store(out + j, sums_of<kLanes / 2>(sum, std::make_integer_sequence<int, kLanes>()));
   }
 }
 
-// out[d] = out[d] * correction + sum_j weight[j] * value[j][d], kVectors vectors of d.
+// out[d] = out[d] * correction + sum_j weight[j] * value[j][d], kVectors vectors of d; `next` as
+// above.
 template <int kVectors, class T>
 SIMD_INLINE void add_values_at(const float* weight, Rows<T> values, int count, int dims,
-                               float correction, float* out) {
+                               float correction, Rows<T> next, float* out) {
   vf sum[kVectors] = {};
   for (int j = 0; j < count; j++) {
     const vf w = set1(weight[j]);
+    if constexpr (kVectors > 1) {
+      prefetch(next.data + j * next.stride, kVectors * kLanes * int64_t(sizeof(T)));
+    }
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) {
       sum[v] +=
@@ -95,15 +96,15 @@ SIMD_INLINE void add_values_at(const float* weight, Rows<T> values, int count, i
 }
 template <class T>
 void add_values(const float* weight, Rows<T> values, int count, int dims, float correction,
-                float* out) {
+                Rows<T> next, float* out) {
   int d = 0;
   for (; d + 4 * kLanes <= dims; d += 4 * kLanes) {
     add_values_at<4>(weight, Rows<T>{values.data + d, values.stride}, count, dims, correction,
-                     out + d);
+                     Rows<T>{next.data + d, next.stride}, out + d);
   }
   for (; d < dims; d += kLanes) {
     add_values_at<1>(weight, Rows<T>{values.data + d, values.stride}, count, dims - d, correction,
-                     out + d);
+                     next, out + d);
   }
 }
 
@@ -165,14 +166,13 @@ SIMD_INLINE float finish_scores(const DecodeCall& c, Query q, int key, int count
   return most;
 }
 
-// Adds a block of keys to one query's result.  `next_keys` are those after the block.
+// Adds a block of keys to one query's result.  The next keys are likely to follow in memory.
 template <class T>
 void add_block(const DecodeCall& c, Query q, const float* query, int key, int count, Rows<T> keys,
                Rows<T> values, const float* key_scale, int64_t key_scale_row,
                const float* value_scale, int64_t value_scale_row, Partial partial) {
   alignas(64) float s[kKeys];
-  products(query, c.head_dim, keys, count, values.data, values.stride * int64_t(sizeof(T)),
-           c.value_dim * int64_t(sizeof(T)), s);
+  products(query, c.head_dim, keys, count, values, s);
   const float most = finish_scores(c, q, key, count, key_scale, key_scale_row, s);
   if (most == -INFINITY) {
     bool all_hidden = true;  // a NaN is no maximum, but must not be lost
@@ -193,7 +193,8 @@ void add_block(const DecodeCall& c, Query q, const float* query, int key, int co
   if (value_scale) {
     for (int j = 0; j < count; j++) s[j] *= value_scale[j * value_scale_row];
   }
-  add_values(s, values, count, c.value_dim, correction, partial.out);
+  add_values(s, values, count, c.value_dim, correction,
+             Rows<T>{keys.data + count * keys.stride, keys.stride}, partial.out);
 }
 
 // Where a sequence's key `key` of a head lies in the cache: its page and the row in it.

@@ -27,6 +27,7 @@ struct Workspace {
   float *scores, *pairs;  // [kKeys][kQueries]: S^T, then P^T; pairs of its rows
   float *mask, *dropout;  // [kKeys][kQueries]
   float *key, *value;     // packed blocks
+  Fetcher fetcher;
   TileState tiles[kTilesPerGroup];
 
   static int64_t floats(const Call& c) {
@@ -61,64 +62,84 @@ void begin_tile(const Head& h, TileState& t, auto dot) {
   }
 }
 
-// Running maximum and sum of vector `v` of a rectangle, whose scores, times `scale`, become
-// weights.
-template <bool kCut>
-SIMD_INLINE void softmax_column(const Rectangle& r, const Pattern& p, const TileState& t, int v,
-                                float scale, float* s) {
+// Running maximum and sum of kVectors vectors from `v` on of a rectangle, whose scores, times
+// `scale`, become weights.  Several vectors side by side: one alone would read 16 keys behind what
+// it wrote, at an address that differs by 4096, for which the load waits.
+template <bool kCut, int kVectors>
+SIMD_INLINE void softmax_columns(const Rectangle& r, const Pattern& p, const TileState& t, int v,
+                                 float scale, float* s) {
   s += v * kLanes;
+  const int keys = r.keys;
   const vi position = lane_numbers() + set1(t.tile.position + v * kLanes);
   const vf factor = set1(scale);
-  auto score = [&](int j) {
-    const vf x = load(s + j * kQueries);
+  auto score = [&](int j, int i) {
+    const vf x = load(s + j * kQueries + i * kLanes);
     return kCut ? (near_keys(p, r.key + j, position) ? x : set1(-INFINITY)) : x;
   };
-  vf top0 = set1(-INFINITY), top1 = top0;
+  static_assert(!kCut || kVectors == 1);
+  vf top[2][kVectors], sum[2][kVectors] = {}, finite[kVectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; i++) top[0][i] = top[1][i] = set1(-INFINITY);
+  for (int j = 0; j < keys; j += 2) {
+    const int other = j + 1 < keys ? j + 1 : j;
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i++) {
+      top[0][i] = max(score(j, i), top[0][i]);
+      top[1][i] = max(score(other, i), top[1][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; i++) {
+    const int at = (v + i) * kLanes;
+    const vf old = load(t.top + at);
+    const vf most = max(max(top[0][i], top[1][i]) * factor, old);
+    finite[i] = most == set1(-INFINITY) ? vf{} : most;  // -inf - -inf would be NaN
+    const vf correction = exp_nonpositive(old - finite[i]);
+    store(t.top + at, most);
+    store(t.correction + at, correction);
+    store(t.sum + at, load(t.sum + at) * correction);
+  }
+  auto weigh = [&](int j, int half) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i++) {
+      const vf weight = exp_nonpositive(rounded_product(score(j, i), factor) - finite[i]);
+      sum[half][i] += weight;
+      store(s + j * kQueries + i * kLanes, weight);
+    }
+  };
   int j = 0;
-  for (; j + 2 <= r.keys; j += 2) {
-    top0 = max(score(j), top0);
-    top1 = max(score(j + 1), top1);
+  for (; j + 2 <= keys; j += 2) {
+    weigh(j, 0);
+    weigh(j + 1, 1);
   }
-  if (j < r.keys) top0 = max(score(j), top0);
-  const vf old = load(t.top + v * kLanes);
-  const vf top = max(max(top0, top1) * factor, old);
-  const vf finite = top == set1(-INFINITY) ? vf{} : top;  // -inf - -inf would be NaN
-  const vf correction = exp_nonpositive(old - finite);
-  vf sum0{}, sum1{};
-  for (j = 0; j + 2 <= r.keys; j += 2) {
-    const vf p0 = exp_nonpositive(score(j) * factor - finite);
-    const vf p1 = exp_nonpositive(score(j + 1) * factor - finite);
-    sum0 += p0;
-    sum1 += p1;
-    store(s + j * kQueries, p0);
-    store(s + (j + 1) * kQueries, p1);
+  if (j < keys) weigh(j, 0);
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; i++) {
+    const int at = (v + i) * kLanes;
+    store(t.sum + at, load(t.sum + at) + (sum[0][i] + sum[1][i]));
   }
-  if (j < r.keys) {
-    const vf p0 = exp_nonpositive(score(j) * factor - finite);
-    sum0 += p0;
-    store(s + j * kQueries, p0);
-  }
-  store(t.top + v * kLanes, top);
-  store(t.sum + v * kLanes, load(t.sum + v * kLanes) * correction + (sum0 + sum1));
-  store(t.correction + v * kLanes, correction);
 }
 
 template <class Dot>
 void visit(const Head& h, TileState& t, const Rectangle& r, int begin, Operand key, Operand value,
            Workspace& w) {
   const Call& c = h.call;
-  multiply_columns<Dot>(r, begin, key, t.q, c.head_dim, w.scores);
+  multiply_columns<Dot>(r, begin, key, t.q, c.head_dim, w.scores, &w.fetcher);
   const bool modified = h.modifies_all() || (r.cut && h.pattern.has_globals);
   if (modified) {
     fetch_mask(h, t.tile, r, w.mask);
     modify_scores(h, t.tile, r, w.scores, w.mask, nullptr);
   }
   const float scale = modified ? 1.f : c.scale;
-  for (int v = r.first_vector; v < r.end_vector; v++) {
+  int v = r.first_vector;
+  for (; (!r.cut || modified) && v + kVectorsAtOnce <= r.end_vector; v += kVectorsAtOnce) {
+    softmax_columns<false, kVectorsAtOnce>(r, h.pattern, t, v, scale, w.scores);
+  }
+  for (; v < r.end_vector; v++) {
     if (r.cut && !modified && !vector_sees_all(h.pattern, t.tile, r, v)) {
-      softmax_column<true>(r, h.pattern, t, v, scale, w.scores);
+      softmax_columns<true, 1>(r, h.pattern, t, v, scale, w.scores);
     } else {
-      softmax_column<false>(r, h.pattern, t, v, scale, w.scores);
+      softmax_columns<false, 1>(r, h.pattern, t, v, scale, w.scores);
     }
   }
   if (c.dropout_p != 0) {
@@ -138,7 +159,8 @@ void visit(const Head& h, TileState& t, const Rectangle& r, int begin, Operand k
                                   .b_step = kQueries,
                                   .c = t.out + first,
                                   .c_row = kQueries,
-                                  .scale = t.correction + first},
+                                  .scale = t.correction + first,
+                                  .fetcher = &w.fetcher},
                                  c.value_dim, r.end_vector - r.first_vector,
                                  (r.keys + Dot::kPack - 1) / Dot::kPack);
 }
@@ -157,9 +179,27 @@ void end_tile(const Head& h, const TileState& t) {
   });
 }
 
-// Tiles [first, first + count) of a head, which share the packing of keys and values.
+// Has fetched what tiles [first, first + count) will touch and others before them have not.
+void fetch_tiles(const Head& h, int first, int count, Workspace& w) {
+  const Call& c = h.call;
+  const Sequence& s = h.sequence;
+  const int64_t begin = s.query_row + first * kQueries;
+  const int64_t end = s.query_row + least((first + count) * kQueries, s.queries);
+  fetch(w.fetcher, h, c.query, h.number, begin, end, c.head_dim);
+  fetch(w.fetcher, h, c.out, h.number, begin, end, c.value_dim);
+}
+void fetch_keys(const Head& h, int begin, Workspace& w) {
+  const Call& c = h.call;
+  const Sequence& s = h.sequence;
+  const int64_t row = s.key_row + begin, end = s.key_row + least(begin + kKeys, s.keys);
+  fetch(w.fetcher, h, c.key, h.kv_head(), row, end, c.head_dim);
+  fetch(w.fetcher, h, c.value, h.kv_head(), row, end, c.value_dim);
+}
+
+// Tiles [first, first + count) of a head, which share the packing of keys and values; keys before
+// `known` have been fetched.
 template <class Dot>
-void forward_tiles(const Head& h, int first, int count, Workspace& w) {
+void forward_tiles(const Head& h, int first, int count, int& known, Workspace& w) {
   const Call& c = h.call;
   const Sequence& s = h.sequence;
   int begin = s.keys, end = 0, tiles = 0;
@@ -174,6 +214,10 @@ void forward_tiles(const Head& h, int first, int count, Workspace& w) {
   const int64_t kv_head = h.kv_head();
   for (int key = begin; key < end; key += kKeys) {
     const int key_end = least(key + kKeys, s.keys);
+    if (key >= known) {
+      known = key + kKeys;
+      if (known < s.keys) fetch_keys(h, known, w);
+    }
     Operand keys{}, values{};
     for (int i = 0; i < tiles; i++) {
       for_each_rectangle(h.pattern, w.tiles[i].tile, key, key_end, [&](const Rectangle& r) {
@@ -204,16 +248,35 @@ void forward_with(const Call& c) {
   const int64_t per_group =
       packs && heads * tiles >= 8 * kTilesPerGroup * threads ? kTilesPerGroup : 1;
   const int64_t groups = (tiles + per_group - 1) / per_group;
+  // Where there are heads enough a thread takes all groups of one, whose keys stay in its cache.
+  const int64_t at_once = heads >= 4 * threads && groups > 1 ? groups : 1;
+  const int64_t items = heads * groups / at_once;
   on_threads(threads, [&] {
     ThreadMemory memory(Workspace::floats(c));
     Workspace w(c, memory);
-    // The last tiles see most keys under a causal pattern, so they are begun first.
 #pragma omp for schedule(dynamic) nowait
-    for (int64_t item = 0; item < heads * groups; item++) {
-      const int64_t head = item / groups, group = groups - 1 - item % groups;
+    for (int64_t item = 0; item < items; item++) {
+      const int64_t head = item * at_once / groups;
       const Sequence s(c, head / c.heads);
       const Head h(c, s, head % c.heads);
-      forward_tiles<Dot>(h, int(group * per_group), int(per_group), w);
+      int known = 0;
+      if (at_once == 1) {  // the last ones, which see most keys under a causal pattern, first
+        const int64_t group = groups - 1 - item % groups;
+        forward_tiles<Dot>(h, int(group * per_group), int(per_group), known, w);
+        continue;
+      }
+      for (int64_t group = 0; group < groups; group++) {
+        if (group + 1 < groups) {
+          fetch_tiles(h, int((group + 1) * per_group), int(per_group), w);
+        } else if (item + threads < items) {  // more likely than any other the thread's next
+          const int64_t next = item + threads;
+          const Sequence next_sequence(c, next / c.heads);
+          const Head next_head(c, next_sequence, next % c.heads);
+          fetch_tiles(next_head, 0, int(per_group), w);
+          fetch_keys(next_head, 0, w);
+        }
+        forward_tiles<Dot>(h, int(group * per_group), int(per_group), known, w);
+      }
     }
   });
 }

@@ -37,6 +37,7 @@ struct GradientWorkspace {
   float *mask, *slope, *dropout;  // [kKeys][kQueries]
   float *weight_rows, *dweight_rows, *dweight_pairs;  // both as pairs of queries, pairs of keys
   float *key, *key_rows, *value;                      // packed blocks
+  Fetcher fetcher;
   TileGradients tiles[kTilesAtOnce];
 
   static int64_t floats(const Call& c) {
@@ -110,22 +111,33 @@ void load_tile(const Head& h, const Gradients& g, TileGradients& t) {
   }
 }
 
-// Vector `v` of a rectangle: scores times `score_scale` to weights, dP to scale * dS.
-template <bool kCut>
-SIMD_INLINE void gradient_column(const Rectangle& r, const Pattern& p, const TileGradients& t,
-                                 int v, float score_scale, float scale, const float* slope,
-                                 float* weights, float* dweights) {
+// kVectors vectors from `v` on of a rectangle: scores times `score_scale` to weights, dP to
+// scale * dS.  Several side by side, as in the forward's softmax_columns.
+template <bool kCut, int kVectors>
+SIMD_INLINE void gradient_columns(const Rectangle& r, const Pattern& p, const TileGradients& t,
+                                  int v, float score_scale, float scale, const float* slope,
+                                  float* weights, float* dweights) {
+  static_assert(!kCut || kVectors == 1);
   const vi position = lane_numbers() + set1(t.tile.position + v * kLanes);
-  const vf lse = load(t.lse + v * kLanes), delta = load(t.delta + v * kLanes);
-#pragma GCC unroll 2
-  for (int j = 0; j < r.keys; j++) {
-    const int at = j * kQueries + v * kLanes;
-    vf weight = exp_nonpositive(load(weights + at) * set1(score_scale) - lse);
-    if constexpr (kCut) weight = near_keys(p, r.key + j, position) ? weight : vf{};
-    vf dweight = weight * set1(scale) * (load(dweights + at) - delta);
-    if (slope) dweight *= load(slope + at);
-    store(weights + at, weight);
-    store(dweights + at, dweight);
+  vf lse[kVectors], delta[kVectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; i++) {
+    lse[i] = load(t.lse + (v + i) * kLanes);
+    delta[i] = load(t.delta + (v + i) * kLanes);
+  }
+  const int keys = r.keys;
+  for (int j = 0; j < keys; j++) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i++) {
+      const int at = j * kQueries + (v + i) * kLanes;
+      const vf score = rounded_product(load(weights + at), set1(score_scale));
+      vf weight = exp_nonpositive(score - lse[i]);
+      if constexpr (kCut) weight = near_keys(p, r.key + j, position) ? weight : vf{};
+      vf dweight = weight * set1(scale) * (load(dweights + at) - delta[i]);
+      if (slope) dweight *= load(slope + at);
+      store(weights + at, weight);
+      store(dweights + at, dweight);
+    }
   }
 }
 
@@ -139,8 +151,8 @@ template <class Dot>
 void rectangle_weights(const Head& h, const TileGradients& t, const Rectangle& r,
                        const KeyOperands& k, GradientWorkspace<Dot>& w) {
   const Call& c = h.call;
-  multiply_columns<Dot>(r, k.begin, k.key, t.q, c.head_dim, w.weights);
-  multiply_columns<Dot>(r, k.begin, k.value, t.dout, c.value_dim, w.dweights);
+  multiply_columns<Dot>(r, k.begin, k.key, t.q, c.head_dim, w.weights, &w.fetcher);
+  multiply_columns<Dot>(r, k.begin, k.value, t.dout, c.value_dim, w.dweights, &w.fetcher);
   const bool modified = h.modifies_all() || (r.cut && h.pattern.has_globals);
   const float* slope = modified && c.softcap != 0 ? w.slope : nullptr;
   if (modified) {
@@ -152,13 +164,18 @@ void rectangle_weights(const Head& h, const TileGradients& t, const Rectangle& r
     multiply(r, w.dweights, w.dropout);
   }
   const float score_scale = modified ? 1.f : c.scale;
-  for (int v = r.first_vector; v < r.end_vector; v++) {
+  int v = r.first_vector;
+  for (; (!r.cut || modified) && v + kVectorsAtOnce <= r.end_vector; v += kVectorsAtOnce) {
+    gradient_columns<false, kVectorsAtOnce>(r, h.pattern, t, v, score_scale, c.scale, slope,
+                                            w.weights, w.dweights);
+  }
+  for (; v < r.end_vector; v++) {
     if (r.cut && !modified && !vector_sees_all(h.pattern, t.tile, r, v)) {
-      gradient_column<true>(r, h.pattern, t, v, score_scale, c.scale, nullptr, w.weights,
-                            w.dweights);
+      gradient_columns<true, 1>(r, h.pattern, t, v, score_scale, c.scale, nullptr, w.weights,
+                                w.dweights);
     } else {
-      gradient_column<false>(r, h.pattern, t, v, score_scale, c.scale, slope, w.weights,
-                             w.dweights);
+      gradient_columns<false, 1>(r, h.pattern, t, v, score_scale, c.scale, slope, w.weights,
+                                 w.dweights);
     }
   }
   if (c.dropout_p != 0) multiply(r, w.weights, w.dropout);

@@ -6,6 +6,7 @@
 // what vdpbf16ps multiplies.  Broadcasting a step is the same instruction for both, so all loops
 // are shared and only `Dot::multiply_add` differs.
 #pragma once
+#include "attention/cpu_fetch.h"
 #include "common/cpu/simd.h"
 
 namespace kernels::ISA::attention {
@@ -34,8 +35,17 @@ struct Product {
   int64_t b_step;
   float* c;
   int64_t c_row;
-  const float* scale;  // [n], for kScaledAdd
+  const float* scale;          // [n], for kScaledAdd
+  Fetcher* fetcher = nullptr;  // fetches what it holds meanwhile
 };
+
+// As many vectors of C at a time, and as many rows, as leave all sums in registers: of 32 (AVX-512)
+// 24 hold sums, of 16 (AVX2, SSE) 12.
+constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;
+constexpr int rows_at_once(int vectors) {
+  const int sums = kLanes == 16 ? 24 : 12;
+  return vectors == 1 ? sums * 2 / 3 : sums / vectors;  // 16 or 8 rows: those of a strip
+}
 
 // kRows x kVectors sums stay in registers for the whole of k.  What was in C is added last, so that
 // long sums are made of short ones, which rounds less.
@@ -51,7 +61,7 @@ void tile(const Product& p, int64_t steps) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) sum[r][v] = vf{};
   }
-  for (int64_t k = 0; k < steps; k++) {
+  auto step = [&]() __attribute__((always_inline)) {
     vf row[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) row[v] = load(b + v * kLanes);
@@ -63,7 +73,21 @@ void tile(const Product& p, int64_t steps) {
     }
     a += a_step;
     b += b_step;
+  };
+  int64_t k = 0;
+  if constexpr (kVectors == kVectorsAtOnce) {
+    if (p.fetcher && !p.fetcher->empty()) {
+      Fetcher::Lines lines = p.fetcher->take(steps / kStepsPerLine);
+      for (int n = 0; n < lines.count; n++) {
+        __builtin_prefetch(lines.first, 0, 2);
+        lines.first += lines.stride;
+#pragma GCC unroll 1
+        for (int i = 0; i < kStepsPerLine; i++) step();
+      }
+      k = lines.count * kStepsPerLine;
+    }
   }
+  for (; k < steps; k++) step();
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
@@ -76,14 +100,6 @@ void tile(const Product& p, int64_t steps) {
       }
     }
   }
-}
-
-// As many vectors of C at a time, and as many rows, as leave all sums in registers: of 32 (AVX-512)
-// 24 hold sums, of 16 (AVX2, SSE) 12.
-constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;
-constexpr int rows_at_once(int vectors) {
-  const int sums = kLanes == 16 ? 24 : 12;
-  return vectors == 1 ? sums * 2 / 3 : sums / vectors;  // 16 or 8 rows: those of a strip
 }
 
 // As many times kRows rows as there are.

@@ -96,17 +96,22 @@ def logits_of_chunks(problem: Problem) -> Iterator[tuple[slice, Tensor]]:
     for chunk in chunks:
         logits = buffer[: chunk.stop - chunk.start]
         if in_parts(x):
-            rows = x[chunk].float()
-            for part in parts(matrix.shape[1]):
-                product = rows @ matrix[:, part].float()
-                if problem.linear_bias is not None:
-                    product += problem.linear_bias[part]
-                logits[:, part] = product
+            _logits_in_parts(problem, chunk, logits)
         elif problem.linear_bias is None:
             torch.mm(x[chunk], matrix, out=logits)
         else:
             torch.addmm(problem.linear_bias, x[chunk], matrix, out=logits)
         yield chunk, logits
+
+
+def _logits_in_parts(problem: Problem, chunk: slice, logits: Tensor) -> None:
+    with torch.autocast("cpu", enabled=False):  # which would take the products to 16 bits again
+        x = problem.input[chunk].float()
+        for part in parts(logits.shape[1]):
+            product = x @ problem.linear_weight[part].float().t()
+            if problem.linear_bias is not None:
+                product += problem.linear_bias[part]
+            logits[:, part] = product
 
 
 class GradientSums:
@@ -130,7 +135,8 @@ class GradientSums:
     def add(self, chunk: slice, dlogits: Tensor) -> None:
         x = self.problem.input[chunk]
         if in_parts(x):
-            self._add_in_parts(chunk, dlogits)
+            with torch.autocast("cpu", enabled=False):
+                self._add_in_parts(chunk, dlogits)
             return
         if self.dinput is not None:
             torch.mm(dlogits, self.problem.linear_weight, out=self.dinput[chunk])
@@ -270,6 +276,11 @@ def _cat(parts: list[Tensor | None]) -> Tensor | None:
     return torch.cat(tensors) if tensors else None
 
 
+def mean(losses: Tensor, total: Tensor) -> Tensor:
+    """In float64, as rounding each term of a sum would show beside the rows' own errors."""
+    return (losses.sum(dtype=total.dtype) / total).to(losses.dtype)
+
+
 class LinearFunction(torch.autograd.Function):
     """Losses, or where `summed` their sum over `total`, with the gradients then made in forward.
 
@@ -285,13 +296,14 @@ class LinearFunction(torch.autograd.Function):
         linear_bias: Tensor | None,
         target: Tensor,
         weight: Tensor | None,
-        total: Tensor,  # scalar
+        total: Tensor,  # scalar, float64
         options: Options,
         chunk_rows: int | None,
         summed: bool,
     ) -> tuple[Tensor | None, ...]:
         problem = Problem(input, linear_weight, linear_bias, target, weight, options, chunk_rows)
-        scale = 1 / total if summed else torch.ones_like(total)
+        wide = torch.promote_types(input.dtype, torch.float32)
+        scale = (1 / total if summed else torch.ones_like(total)).to(wide)
         # float16 holds no gradients of 1 / N: there the scale waits for the gradient's.  But 1 / 0,
         # where nothing counts, must not reach the rows that are ignored.
         late = torch.ones_like(scale)
@@ -307,7 +319,7 @@ class LinearFunction(torch.autograd.Function):
         log_prob, best = (rows.log_prob, rows.best) if options.stats else (None, None)
         lse = rows.lse[0].clone() if options.stats else None
         ctx.mark_non_differentiable(*(x for x in (log_prob, best) if x is not None))
-        return rows.losses.sum() / total if summed else rows.losses, lse, log_prob, best
+        return mean(rows.losses, total) if summed else rows.losses, lse, log_prob, best
 
     @staticmethod
     def backward(

@@ -219,9 +219,11 @@ def _of_positions(
 ) -> Any:
     """One linear map and one loss for each of d1 * ... positions: 1 unless the loss has several."""
     x = input if input.dim() == 2 else input[None]
-    matrices = linear_weight.flatten(1, -2) if linear_weight.dim() > 2 else linear_weight[:, None]
-    biases = None if linear_bias is None else linear_bias.reshape(matrices.shape[:2])
-    rows, (classes, positions) = x.shape[0], matrices.shape[:2]
+    rows, classes, features = x.shape[0], linear_weight.shape[0], x.shape[1]
+    matrices = _positions(linear_weight, (classes, -1, features))
+    positions = len(matrices)
+    no_biases: tuple[None, ...] = (None,) * positions
+    biases = no_biases if linear_bias is None else _positions(linear_bias, (classes, positions))
     probabilities = target.is_floating_point()
     dtype = result_dtype(input, target, weight)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -232,17 +234,17 @@ def _of_positions(
     elif targets.dtype != x.dtype:
         targets = targets.to(wide)
     if reduction == "sum":
-        total = torch.ones((), dtype=wide, device=x.device)
+        total = torch.ones((), dtype=torch.float64, device=x.device)
     elif probabilities or reduction == "none":
-        total = torch.full((), rows * positions, dtype=wide, device=x.device)
+        total = torch.full((), rows * positions, dtype=torch.float64, device=x.device)
     else:
         flat = targets.flatten()
-        total = target_weights(flat, weight, options.ignore_index, wide).sum(dtype=wide)
+        counted = target_weights(flat, weight, options.ignore_index, torch.float64)
+        total = counted.sum(dtype=torch.float64)
     results = []
-    for position in range(positions):
-        bias = None if biases is None else biases[:, position]
+    for position, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
         row_targets = targets[..., position].contiguous()
-        arguments = x, matrices[:, position], bias, row_targets, weight, total, options
+        arguments = x, matrix, bias, row_targets, weight, total, options
         results.append(_apply(*arguments, chunk_rows, reduction != "none"))
     losses = torch.stack([result.losses for result in results], -1)
     place = (*shape[: input.dim() - 1], *shape[input.dim() :])
@@ -253,6 +255,13 @@ def _of_positions(
         return loss
     joined = RowResults(losses, *(_joined(parts) for parts in list(zip(*results, strict=True))[1:]))
     return loss, make_stats(joined, targets.flatten() if not probabilities else targets, place)
+
+
+def _positions(parameter: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Slices of `parameter` along dimension 1 of `shape`, which autograd joins in one copy; a
+    single one is a view whose gradient is not copied."""
+    parameter = parameter.reshape(shape)
+    return (parameter.flatten(0, 1),) if parameter.shape[1] == 1 else parameter.unbind(1)
 
 
 def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
@@ -277,7 +286,7 @@ def _apply(
         return RowResults(*LinearFunction.apply(*arguments))
     problem = Problem(x, matrix, bias, target, weight, options, chunk_rows)
     rows, _ = chunks.forward(problem, None, (False, False, False))
-    losses = rows.losses.sum() / total if summed else rows.losses
+    losses = chunks.mean(rows.losses, total) if summed else rows.losses
     return RowResults(losses, rows.lse[0], rows.log_prob, rows.best)
 
 

@@ -219,7 +219,7 @@ def mean_total(
         return torch.full((), targets.shape[0], dtype=wide, device=targets.device)
     if weight is None:
         return torch.count_nonzero(targets != ignore_index)
-    return target_weights(targets, weight, ignore_index, wide).sum()
+    return target_weights(targets, weight, ignore_index, torch.float64).sum()
 
 
 def result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:

@@ -59,13 +59,13 @@ class Reduction(NamedTuple):
 
     dtype: torch.dtype  # of the result
     summed: bool = False
-    total: Tensor | None = None  # scalar that the sum is divided by
+    total: Tensor | None = None  # scalar that the sum is divided by, float64 where weights add up
 
     def of(self, losses: Tensor) -> Tensor:
-        if self.summed:
-            losses = losses.sum()
-            if self.total is not None:
-                losses = losses / self.total
+        if self.summed and self.total is not None and self.total.is_floating_point():
+            losses = losses.sum(dtype=self.total.dtype) / self.total
+        elif self.summed:
+            losses = losses.sum() if self.total is None else losses.sum() / self.total
         return losses.to(self.dtype)
 
     def gradient(self, dloss: Tensor, rows: int, wide: torch.dtype) -> Tensor:
@@ -73,7 +73,7 @@ class Reduction(NamedTuple):
         dloss = dloss.to(wide)
         if not self.summed:
             return dloss
-        return (dloss if self.total is None else dloss / self.total).expand(rows)
+        return (dloss if self.total is None else (dloss / self.total).to(wide)).expand(rows)
 
 
 class RowFunction(torch.autograd.Function):

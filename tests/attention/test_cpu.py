@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from kernels import _native
-from kernels.attention import cpu, eager, reference
+from kernels.attention import cpu, reference
 from tests.attention.calls import NAMES, Arguments, arguments, run
-from tests.attention.compare import larger_error
 from tests.tolerance import assert_as_exact_as_torch
 
 pytestmark = [
@@ -49,24 +48,12 @@ def check(dtype: torch.dtype, **options: Any) -> None:
     ours = run(cpu, call)
     assert [t.dtype for t in ours if t is not None][:1] == [dtype]
     exact = run(reference, call.to(torch.float64))
-    # PyTorch's unfused formula and, where the call is plain, its own fused op.
-    torchs = [
-        larger_error(*t) for t in zip(run(reference, call), run(eager, call), exact, strict=True)
-    ]
-    if _native.cpu.instruction_set() == "baseline":
-        # Without FMA a multiply-add rounds twice, and PyTorch's is measured with FMA.
-        torchs = [
-            None if t is None else torch.where(t == e, t, e + 2 * (t - e))
-            for t, e in zip(torchs, exact, strict=True)
-        ]
-    assert_as_exact_as_torch(ours, torchs, exact, NAMES, cancelled(call, exact))
+    assert_as_exact_as_torch(ours, run(reference, call), exact, NAMES, cancelled(call, exact))
 
 
 def cancelled(call: Arguments, exact: list[Tensor | None]) -> list[float]:
-    """For gradients that cancel to almost nothing, the sizes of the terms they are summed from.
-
-    dP - delta of a query with one visible key is 0 but for rounding.
-    """
+    """The sizes of the terms of gradients that are 0: where every query sees but one key, dP and
+    delta are the same sum, and float64's own rounding is all there is to measure by."""
     query, key, value = call.forward[:3]
     sizes = [0.0] * len(NAMES)
     if not key.shape[2]:
@@ -74,18 +61,19 @@ def cancelled(call: Arguments, exact: list[Tensor | None]) -> list[float]:
     dp = call.dout.abs().max().item() * value.abs().max().item() * abs(call.forward[11].scale)
     for index, factor in ((2, key), (3, query)):
         size = dp * factor.abs().max().item()
-        sizes[index] = size if exact[index].abs().max().item() < 1e-3 * size else 0.0
+        sizes[index] = size if exact[index].abs().max().item() < 1e-12 * size else 0.0
     return sizes
 
 
 # (batch, heads, key heads, queries, keys, head dim, value dim): one element; lengths on both sides
 # of a vector, a strip of 16, a block of 64 and of a group of 4 blocks; every residue class of head
-# dims; fewer and more queries than keys; groups of heads; the largest head dims.
+# dims; fewer and more queries than keys; groups of heads; the largest head dims.  Small ones have a
+# batch: the largest error of a few numbers, ours or PyTorch's, is a matter of luck.
 SHAPES = [
     (1, 1, 1, 1, 1, 1, 1),
     (1, 2, 2, 1, 70, 16, 16),
     (2, 1, 1, 15, 17, 3, 5),
-    (1, 2, 1, 16, 16, 8, 24),
+    (8, 2, 1, 16, 16, 8, 24),
     (1, 3, 3, 33, 31, 17, 31),
     (1, 1, 1, 63, 65, 64, 64),
     (1, 2, 2, 65, 63, 80, 48),

@@ -275,3 +275,14 @@ def test_memory_is_one_chunk_and_not_the_logits():
     )
     eager = 3 * 2048 * 32000 * 4  # logits, log-probabilities, gradient
     assert int(done.stdout) < eager / 16
+
+
+@pytest.mark.parametrize("widened", [False, True])
+def test_autocast_does_not_round_logits_twice(monkeypatch, widened):
+    monkeypatch.setattr(chunks, "WIDENED", frozenset({torch.bfloat16} if widened else ()))
+    x, w, b = torch.randn(64, 33) * 5, torch.randn(9, 33), torch.randn(9)
+    target = torch.randint(0, 9, (64,))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_cross_entropy(x, w, target, linear_bias=b, reduction="none")
+        logits = F.linear(x, w, b)
+    torch.testing.assert_close(got, F.cross_entropy(logits.float(), target, reduction="none"))
