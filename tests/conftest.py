@@ -16,6 +16,12 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a module draws when it is imported is the same in every run."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 def implementations() -> list[str]:
     """What can run on this CPU: the backends, the C++ one once for each instruction set."""
     sets = [] if isinstance(_native.cpu, str) else _native.cpu.instruction_sets()

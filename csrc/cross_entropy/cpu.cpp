@@ -51,6 +51,14 @@ int64_t target_of(const Call& a, int64_t row) {
   return a.target[row] == a.ignore_index ? -1 : a.target[row];
 }
 
+// The arg-max, if it is asked for, of a row that has just been read.
+void find_largest(const ForwardArgs& f, const RowKernels& kernels, int64_t row) {
+  const Call& a = f.call;
+  if (!f.best) return;
+  const float sign = a.logit_scale < 0.f ? -1.f : 1.f;
+  f.best[row] = row_largest(kernels, row_of(a, kernels, row), 0, a.cols, sign).at;
+}
+
 // Writes all that a row's sums give.
 void finish_row(const ForwardArgs& f, const RowKernels& kernels, int64_t row, const Partial& p) {
   const Call& a = f.call;
@@ -118,6 +126,7 @@ void forward_short_rows(const ForwardArgs& f, const RowKernels& kernels, int thr
       kernels.short_rows(row_of(a, kernels, row + r), 0, a.cols, maxima + r, sums + r);
     }
     finish_short_rows(f, kernels, row, rows, maxima, sums);
+    for (r = 0; r < rows; r++) find_largest(f, kernels, row + r);
   });
 }
 
@@ -136,6 +145,7 @@ void forward_long_rows(const ForwardArgs& f, const RowKernels& kernels, int thre
         combine(sums, partial(row, begin, rest < kChunk ? rest : kChunk));
       }
       finish_row(f, kernels, row, sums);
+      find_largest(f, kernels, row);
     });
     return;
   }
@@ -150,14 +160,7 @@ void forward_long_rows(const ForwardArgs& f, const RowKernels& kernels, int thre
     for (int64_t c = 1; c < chunks; c++) combine(all, parts[row * chunks + c]);
     finish_row(f, kernels, row, all);
   }
-}
-
-void find_largest(const ForwardArgs& f, const RowKernels& kernels, int threads) {
-  const Call& a = f.call;
-  const float sign = a.logit_scale < 0.f ? -1.f : 1.f;
-  parallel_for(a.rows, threads, [&](int64_t row) {
-    f.best[row] = row_largest(kernels, row_of(a, kernels, row), 0, a.cols, sign).at;
-  });
+  parallel_for(a.rows, threads, [&](int64_t row) { find_largest(f, kernels, row); });
 }
 
 void forward(const ForwardArgs& f) {
@@ -169,7 +172,6 @@ void forward(const ForwardArgs& f) {
   } else {
     forward_long_rows(f, kernels, threads);
   }
-  if (f.best) find_largest(f, kernels, threads);
 }
 
 // ---- backward ----

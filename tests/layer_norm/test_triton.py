@@ -23,7 +23,7 @@ from kernels.layer_norm import triton as backend  # noqa: E402
 CASES = Path(__file__).with_name("triton_interpreter_cases.py")
 ALL = (True, True, True)
 
-# (cols, dtype of x, dtype of the parameters) on every target: lanes to spare, vectors, none, the
+# (cols, dtype of x, dtype of the parameters), every other one on each target: lanes to spare, vectors, none, the
 # widest row that is held, and rows that are swept.
 VARIANTS = [
     (7, torch.float32, torch.float32),
@@ -38,7 +38,11 @@ TIGHT = [
     (8192, torch.float32, torch.float32),
     (8191, torch.float32, torch.float32),
 ]
-COMPILED = [(target, *variant) for target in _triton.TARGETS for variant in VARIANTS]
+COMPILED = [
+    pytest.param(target, *variant, marks=[pytest.mark.sweep] * ((t + v) % 2))
+    for t, target in enumerate(_triton.TARGETS)
+    for v, variant in enumerate(VARIANTS)
+]
 COMPILED += [(target, *variant) for target in ("sm_90", "sm_100") for variant in TIGHT]
 
 

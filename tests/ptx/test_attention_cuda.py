@@ -21,7 +21,8 @@ from tests.ptx.attention_cases import Case, by_backend, case, check, packed
 from tests.ptx.conftest import ARCHS, SCHEDULES
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-SETTINGS = tuple(zip(ARCHS, DTYPES, SCHEDULES, strict=True))
+# sm_100a in the sweep: its code is that of sm_90a, and compiling it takes half a minute.
+SETTINGS = tuple(zip(("sm_80", "sm_90a", "sm_80"), DTYPES, SCHEDULES, strict=True))
 # Rows of a block: 128 of 16-bit floats, 64 of fp32. Rows of a tile: 64, 32, 16 or 8.
 QUERIES, KEYS = 150, 170
 FAR_LENGTHS = [(5, 7), (0, 3), (65, 65), (64, 1), (3, 0), (90, 100)]
@@ -144,7 +145,7 @@ def test_every_feature(feature):
     run(FEATURES[feature](64, dtype), arch, schedule)
 
 
-@pytest.mark.parametrize(("arch", "dtype", "schedule"), SETTINGS, ids=ARCHS)
+@pytest.mark.parametrize(("arch", "dtype", "schedule"), SETTINGS, ids=str)
 def test_lengths_around_tiles(arch, dtype, schedule):
     for number, (queries, keys) in enumerate(EDGES):
         run(case(queries, keys, 40, dtype, causal=number % 2 == 1), arch, schedule, number)
