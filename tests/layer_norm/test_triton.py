@@ -23,8 +23,8 @@ from kernels.layer_norm import triton as backend  # noqa: E402
 CASES = Path(__file__).with_name("triton_interpreter_cases.py")
 ALL = (True, True, True)
 
-# (cols, dtype of x, dtype of the parameters), every other one on each target: lanes to spare, vectors, none, the
-# widest row that is held, and rows that are swept.
+# (cols, dtype of x, dtype of the parameters), every other one on each target: lanes to spare,
+# vectors, none, the widest row that is held, and rows that are swept.
 VARIANTS = [
     (7, torch.float32, torch.float32),
     (1000, torch.bfloat16, torch.float32),
