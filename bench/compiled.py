@@ -59,7 +59,7 @@ def _machine_code(
     rows: dict[str, Row] = {}
     for name, usage in sass.resources(cuobjdump("-res-usage", cubin)).items():
         system = sass.SYSTEM_SHARED if int(re.sub(r"\D", "", target)) >= 90 else 0
-        shared = usage.shared - system + dynamic
+        shared = max(usage.shared - system, 0) + dynamic  # some kernels that use none have none
         block = threads or bounds.get(name, 1024)
         inner = sass.mix(i for loop in innermost_loops(listings[name]) for i in loop)
         rows[name] = {

@@ -37,6 +37,11 @@ def triton_setting(cols: int) -> tuple[str, torch.dtype, torch.dtype]:
     return TRITON_ARCHS[tile // 2 % 2], dtype, FP32 if tile % 2 else dtype
 
 
+def swept_setting(vec: int) -> tuple[str, torch.dtype, torch.dtype]:
+    """As above, for rows that are swept in vectors of `vec` elements."""
+    return TRITON_ARCHS[0], BF16 if vec in (2, 4) else FP32, FP32
+
+
 # ---- the sharpest inputs
 
 

@@ -28,6 +28,7 @@ from tests.ptx.layer_norm_cases import (
     TRITON_ARCHS,
     TRITON_DTYPES,
     check_sharp,
+    swept_setting,
     triton_setting,
 )
 
@@ -92,7 +93,7 @@ def test_every_length_of_rows_that_are_held(setting, vec):
 
 @pytest.mark.parametrize("vec", [1, 2, 4, 8])
 def test_every_length_of_rows_that_are_swept(vec):
-    setting = ("sm_80", BF16, FP32) if vec in (2, 4) else triton_setting(16385)
+    setting = swept_setting(vec)
     for cols, schedule in zip(of_vector(range(16385, 16449), vec), itertools.cycle(SCHEDULES)):
         names = run(schedule, 1, cols, setting)
         assert names == {"_forward_long_kernel", "_backward_long_kernel", "_sum_rows_kernel"}
