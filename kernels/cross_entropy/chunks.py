@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.cross_entropy.rows import Options, row_losses, select_backend
+from kernels.cross_entropy.rows import Options, Reduction, row_losses, select_backend
 from kernels.dispatch import Operators
 
 LOGITS_BYTES = 32 << 20  # of a chunk: smaller ones slow the matmuls down, larger ones gain nothing
@@ -276,11 +276,6 @@ def _cat(parts: list[Tensor | None]) -> Tensor | None:
     return torch.cat(tensors) if tensors else None
 
 
-def mean(losses: Tensor, total: Tensor) -> Tensor:
-    """In float64, as rounding each term of a sum would show beside the rows' own errors."""
-    return (losses.sum(dtype=total.dtype) / total).to(losses.dtype)
-
-
 class LinearFunction(torch.autograd.Function):
     """Losses, or where `summed` their sum over `total`, with the gradients then made in forward.
 
@@ -319,7 +314,8 @@ class LinearFunction(torch.autograd.Function):
         log_prob, best = (rows.log_prob, rows.best) if options.stats else (None, None)
         lse = rows.lse[0].clone() if options.stats else None
         ctx.mark_non_differentiable(*(x for x in (log_prob, best) if x is not None))
-        return mean(rows.losses, total) if summed else rows.losses, lse, log_prob, best
+        loss = Reduction(rows.losses.dtype, summed, total).of(rows.losses)
+        return loss, lse, log_prob, best
 
     @staticmethod
     def backward(

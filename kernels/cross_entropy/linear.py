@@ -28,7 +28,7 @@ from kernels.cross_entropy.op import (
     result_dtype,
     target_weights,
 )
-from kernels.cross_entropy.rows import Options, RowResults
+from kernels.cross_entropy.rows import Options, Reduction, RowResults
 
 _OP = "linear_cross_entropy"
 
@@ -286,7 +286,7 @@ def _apply(
         return RowResults(*LinearFunction.apply(*arguments))
     problem = Problem(x, matrix, bias, target, weight, options, chunk_rows)
     rows, _ = chunks.forward(problem, None, (False, False, False))
-    losses = chunks.mean(rows.losses, total) if summed else rows.losses
+    losses = Reduction(rows.losses.dtype, summed, total).of(rows.losses)
     return RowResults(losses, rows.lse[0], rows.log_prob, rows.best)
 
 

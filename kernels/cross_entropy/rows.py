@@ -59,7 +59,9 @@ class Reduction(NamedTuple):
 
     dtype: torch.dtype  # of the result
     summed: bool = False
-    total: Tensor | None = None  # scalar that the sum is divided by, float64 where weights add up
+    # Scalar that the sum is divided by.  Where weights add up to it both are summed in float64, as
+    # rounding each term would show beside the rows' own errors.
+    total: Tensor | None = None
 
     def of(self, losses: Tensor) -> Tensor:
         if self.summed and self.total is not None and self.total.is_floating_point():

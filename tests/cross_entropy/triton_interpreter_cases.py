@@ -15,6 +15,7 @@ from kernels.cross_entropy import linear_cross_entropy, triton_linear
 from kernels.cross_entropy import triton as backend
 from tests.cross_entropy import linear_cases
 from tests.ptx.cross_entropy_cases import EVERYTHING, PLAIN, SOFT, Options, check, make_logits
+from tests.tolerance import assert_as_exact_as_torch
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -123,11 +124,15 @@ def test_linear_is_what_the_public_function_runs(monkeypatch):
         loss = linear_cross_entropy(x, w, target)
         gradients = torch.autograd.grad(loss, (x, w), retain_graph=True)
         again = torch.autograd.grad(loss, (x, w))
-    want = F.cross_entropy(F.linear(x, w), target)
-    torch.testing.assert_close(loss, want)
+
+    def eager(*leaves):
+        loss = F.cross_entropy(F.linear(*leaves), target)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    exact = eager(*(leaf.detach().double().requires_grad_() for leaf in (x, w)))
     for found in (gradients, again):
-        expected = torch.autograd.grad(want, (x, w), retain_graph=True)
-        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+        results = [loss.detach(), *found]
+        assert_as_exact_as_torch(results, eager(x, w), exact, ("loss", "dinput", "dweight"))
     assert calls == [1]
 
 

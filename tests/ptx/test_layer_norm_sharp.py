@@ -1,7 +1,6 @@
 """The sharpest inputs (layer_norm_cases.py) in the shapes where an element is easily lost, for the
 layer norm's cuda and triton kernels: rows enough that a kernel's threads go round, each number of
-rows of a tile, each place where a swept row may end, and parameters that are absent or whose
-gradients are not asked for."""
+rows of a tile, each place where a swept row may end."""
 
 from __future__ import annotations
 
