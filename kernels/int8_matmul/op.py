@@ -38,7 +38,13 @@ class Call(NamedTuple):
     out_dtype: torch.dtype
 
 
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_ACTIVATIONS = tuple(checks.ACTIVATIONS)  # of a tuple even a list may be asked
+_FAST_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
 # Under their own names, as every attribute that is looked up shows in a call of microseconds.
+_is_compiling = torch.compiler.is_dynamo_compiling
+_is_torch_function_mode_enabled = torch._C._is_torch_function_mode_enabled
 _is_transforming = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -129,6 +135,9 @@ def int8_linear(
     arXiv:1308.3432).  Inside torch.func transforms and forward-mode differentiation PyTorch's
     ordinary ops run.
     """
+    quick = _quick_call(x, quantized_weight, bias, mode, activation, x_scale, out_dtype)
+    if quick is not None:
+        return run(quick)
     inputs = x if isinstance(x, tuple) else (x,)
     weights = quantized_weight if isinstance(quantized_weight, tuple) else ()
     tensors = *inputs, *weights, bias, x_scale
@@ -316,6 +325,60 @@ def _linear_call(
     )
     weight = checks.with_unit_stride(weight, 0, 1)
     return Call(rows_of(values), weight, x_scale, weight_scale, bias, activation, mode, out_dtype)
+
+
+def _quick_call(
+    x: Any,
+    quantized_weight: Any,
+    bias: Any,
+    mode: Any,
+    activation: Any,
+    x_scale: Any,
+    out_dtype: Any,
+) -> Call | None:
+    """What _linear_call makes of the most frequent calls on a CPU; None for all others.
+
+    A product of one row takes tens of microseconds, and all the checks as long as a part of it.
+    """
+    if (
+        type(x) not in _TENSORS
+        or type(quantized_weight) is not Quantized
+        or (bias is not None and type(bias) not in _TENSORS)
+        or mode not in ("dynamic", "weight_only")
+        or activation not in _ACTIVATIONS
+        or x_scale is not None
+        or out_dtype is not None
+        or _is_compiling()
+        or _is_torch_function_mode_enabled()
+        or _is_autocast_enabled()
+    ):
+        return None
+    weight, scale, zero_point = quantized_weight
+    if (
+        type(weight) not in _TENSORS
+        or type(scale) not in _TENSORS
+        or zero_point is not None
+        or weight.dtype is not torch.int8
+        or scale.dtype is not torch.float32
+        or x.dtype not in _FAST_DTYPES
+        or not (x.is_cpu and weight.is_cpu and scale.is_cpu)
+        or x.dim() != 2
+        or not (x.is_contiguous() and weight.is_contiguous() and scale.is_contiguous())
+    ):
+        return None
+    columns, terms = weight.shape
+    if x.shape[1] != terms or scale.shape != (columns, 1) or terms > checks.MOST_TERMS:
+        return None
+    if bias is not None and not (
+        bias.shape == (columns,)
+        and bias.dtype in _FAST_DTYPES
+        and bias.is_cpu
+        and bias.is_contiguous()
+    ):
+        return None
+    return Call(
+        *(x, weight, None, scale.view(-1), bias, checks.ACTIVATIONS[activation], mode, x.dtype)
+    )
 
 
 def _quantized_input(x: tuple[Any, ...], mode: str, x_scale: Any) -> tuple[Tensor, Tensor, str]:
