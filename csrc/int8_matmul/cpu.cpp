@@ -19,7 +19,6 @@ namespace int8_matmul {
 namespace {
 
 constexpr int kChunkGroups = 4 * kVectors;         // of rows of x, in one work item
-constexpr int64_t kPieceBytes = 4096;              // of a row of x, in one piece of K
 constexpr int64_t kReadyBytes = int64_t{4} << 20;  // of x made ready at a time
 constexpr int kMostSingles = kLanes + kLanes / 2;  // rows that are multiplied without groups
 constexpr int kMostSinglesLeft = kLanes * 3 / 4;   // the same, beside groups
@@ -148,7 +147,7 @@ class Blocks {
   using Sum = typename A::Sum;
   using Sums = typename A::Sums;
 
-  static constexpr int64_t kPiece = kPieceBytes / int64_t(sizeof(Value));  // of K
+  static constexpr int64_t kPiece = A::kPiece;
   static constexpr int64_t kSums = kChunkGroups * kLanes * kBlock;
   static constexpr int64_t kFloats = kSums + kBlock * kPiece * int64_t(sizeof(Weight)) / 4;
 

@@ -30,16 +30,13 @@ struct Steps {
 template <class A, int kUsed>
 void multiply_tile(const typename A::Value* x, int64_t group, const Steps& w, int first_row,
                    bool add, typename A::Sum* sums) {
+  using Sum = typename A::Sum;
   using Sums = typename A::Sums;
-  Sums sum[kTileRows][kUsed];
+  Sums sum[kTileRows][kUsed] = {};
   int64_t row[kTileRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; r++) {
     row[r] = (first_row + r < w.rows ? first_row + r : w.rows - 1) * w.row;
-#pragma GCC unroll 4
-    for (int v = 0; v < kUsed; v++) {
-      sum[r][v] = add ? load_vector<Sums>(sums + r * kPanelRows + v * kLanes) : Sums{};
-    }
   }
   auto add_step = [&](const typename A::Value* xs, const char* weights, auto broadcast) {
     Sums steps[kUsed];
@@ -69,7 +66,8 @@ void multiply_tile(const typename A::Value* x, int64_t group, const Steps& w, in
   for (int r = 0; r < kTileRows; r++) {
 #pragma GCC unroll 4
     for (int v = 0; v < kUsed; v++) {
-      store_vector(sums + r * kPanelRows + v * kLanes, sum[r][v]);
+      Sum* to = sums + r * kPanelRows + v * kLanes;
+      store_vector(to, add ? load_vector<Sums>(to) + sum[r][v] : sum[r][v]);
     }
   }
 }
