@@ -19,7 +19,6 @@ namespace int8_matmul {
 namespace {
 
 constexpr int kChunkGroups = 4 * kVectors;         // of rows of x, in one work item
-constexpr int64_t kPieceBytes = 4096;              // of a row of x, in one piece of K
 constexpr int64_t kReadyBytes = int64_t{4} << 20;  // of x made ready at a time
 constexpr int kMostSingles = kLanes + kLanes / 2;  // rows that are multiplied without groups
 constexpr int kMostSinglesLeft = kLanes * 3 / 4;   // the same, beside groups
@@ -148,7 +147,7 @@ class Blocks {
   using Sum = typename A::Sum;
   using Sums = typename A::Sums;
 
-  static constexpr int64_t kPiece = kPieceBytes / int64_t(sizeof(Value));  // of K
+  static constexpr int64_t kPiece = A::kPiece;
   static constexpr int64_t kSums = kChunkGroups * kLanes * kBlock;
   static constexpr int64_t kFloats = kSums + kBlock * kPiece * int64_t(sizeof(Weight)) / 4;
 
@@ -209,11 +208,10 @@ class Blocks {
     return {data, 4, kBlock * 4, columns.count, padded / A::kStep, 0};
   }
 
-  // What the block's sums over [k, k + n) begin with: the offset of x times the sums of weights.
-  void starts(const Columns& columns, const Steps& steps, int64_t k, int64_t n, Sum* start) const {
-    if constexpr (A::kOffset == 0) {
-      for (int i = 0; i < kBlock; i++) start[i] = 0;
-    } else {
+  // offset -= what x's offset adds to the block's sums over [k, k + n): kOffset times the weights.
+  void take_off(const Columns& columns, const Steps& steps, int64_t k, int64_t n,
+                Sum* offset) const {
+    if constexpr (A::kOffset != 0) {
       const Value* ones = x_.single + x_.singles * x_.length;
       for (int i = 0; i < columns.count; i += kLanes) {
         Sums sum{};
@@ -227,7 +225,7 @@ class Blocks {
             sum = A::multiply_add(sum, one, load_vector<Sums>(steps.data + s * steps.step + i * 4));
           }
         }
-        store_vector(start + i, sum * -A::kOffset);
+        store_vector(offset + i, load_vector<Sums>(offset + i) - sum * A::kOffset);
       }
     }
   }
@@ -242,25 +240,36 @@ class Blocks {
 
   void multiply_groups(const Columns& columns, int64_t first_group) {
     const int64_t groups = least(x_.groups - first_group, kChunkGroups);
-    alignas(64) Sum start[kBlock + kLanes];
+    alignas(64) Sum offset[kBlock] = {};
     for (int64_t k = 0; k < call_.depth; k += kPiece) {
       const int64_t n = least(call_.depth - k, kPiece);
       const Steps w = steps(columns, k, n);
-      starts(columns, w, k, n, start);
+      const bool last = k + n == call_.depth;
       for_each_panel(groups, [&](int64_t group, auto used) {
-        const Value* x = x_.grouped + (first_group + group) * kLanes * x_.length + k * kLanes;
-        Sum* sums = sums_ + group / kVectors * kBlock * kPanelRows + group % kVectors * kLanes;
+        const int64_t row = (first_group + group) * kLanes;
+        const int64_t rows = least(rows_in_groups() - row, decltype(used)::value * kLanes);
+        const Value* x = x_.grouped + row * x_.length + k * kLanes;
+        Sum* sums = sums_ + group * kLanes * kBlock;
         for (int r = 0; r < columns.count; r += kTileRows) {
-          multiply_tile<A, decltype(used)::value>(x, kLanes * x_.length, w, r, start + r, k > 0,
+          if (last) fetch_output(columns, row, rows, r);
+          multiply_tile<A, decltype(used)::value>(x, kLanes * x_.length, w, r, k > 0,
                                                   sums + r * kPanelRows);
+        }
+        if (group == 0) take_off(columns, w, k, n, offset);  // the weights are in the cache now
+        for (int64_t i = 0; last && i < rows; i += kLanes) {
+          write_group<Sums>(call_, columns, x_.first + row + i, int(least(rows - i, kLanes)),
+                            x_.scale + row + i, sums + i, offset);
         }
       });
     }
-    for (int64_t group = 0; group < groups; group++) {
-      const int64_t row = (first_group + group) * kLanes;
-      write_group<Sums>(call_, columns, x_.first + row, int(least(rows_in_groups() - row, kLanes)),
-                        x_.scale + row,
-                        sums_ + group / kVectors * kBlock * kPanelRows + group % kVectors * kLanes);
+  }
+
+  // Fetches what the panel's results will overwrite into L2, a few rows with each of its tiles: a
+  // store to a line that is not in the cache waits for it.
+  void fetch_output(const Columns& columns, int64_t row, int64_t rows, int tile_row) const {
+    const int64_t end = least(rows, (tile_row + kTileRows) * rows / columns.count);
+    for (int64_t r = tile_row * rows / columns.count; r < end; r++) {
+      fetch_row(call_, columns, x_.first + row + r);
     }
   }
 

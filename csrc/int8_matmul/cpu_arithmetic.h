@@ -18,6 +18,7 @@ struct Integers {
   // vpdpbusd takes unsigned times signed: activations lie in memory as q + 128, and 128 times the
   // sum of the weights is taken off again.
   static constexpr int kStep = 4, kOffset = 128;
+  static constexpr int kPiece = 4096;  // of K at a time: a panel of x stays in L2
   using Value = uint8_t;
   using Weight = int8_t;
   SIMD_INLINE vi multiply_add(vi sum, vi x, vi w) {
@@ -26,6 +27,7 @@ struct Integers {
 #else
   // vpmaddubsw, the instruction for bytes, would saturate; pmaddwd on int16 cannot.
   static constexpr int kStep = 2, kOffset = 0;
+  static constexpr int kPiece = 2048;
   using Value = int16_t;
   using Weight = int16_t;
   SIMD_INLINE vi multiply_add(vi sum, vi x, vi w) {
@@ -44,6 +46,7 @@ struct Floats {
   using Sum = float;
   using Sums = vf;
   static constexpr int kStep = 1, kOffset = 0;
+  static constexpr int kPiece = 256;  // of sums that are short, errors of rounding stay small
   using Value = float;
   using Weight = float;
   SIMD_INLINE vf multiply_add(vf sum, vf x, vf w) { return sum + x * w; }

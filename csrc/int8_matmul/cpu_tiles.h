@@ -25,22 +25,18 @@ struct Steps {
   int rest;       // weights in a last, incomplete one
 };
 
-// sums [kTileRows][kPanelRows] (+)= weights [kTileRows, K] * x [K, kUsed groups]; `start` is what
-// sums begin with.  Rows past the last one repeat it.
+// sums [kTileRows][kPanelRows] (+)= weights [kTileRows, K] * x [K, kUsed groups].  Rows past the
+// last one repeat it.
 template <class A, int kUsed>
 void multiply_tile(const typename A::Value* x, int64_t group, const Steps& w, int first_row,
-                   const typename A::Sum* start, bool add, typename A::Sum* sums) {
+                   bool add, typename A::Sum* sums) {
+  using Sum = typename A::Sum;
   using Sums = typename A::Sums;
-  Sums sum[kTileRows][kUsed];
+  Sums sum[kTileRows][kUsed] = {};
   int64_t row[kTileRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; r++) {
     row[r] = (first_row + r < w.rows ? first_row + r : w.rows - 1) * w.row;
-#pragma GCC unroll 4
-    for (int v = 0; v < kUsed; v++) {
-      const Sums begin = set1(start[r]);
-      sum[r][v] = add ? load_vector<Sums>(sums + r * kPanelRows + v * kLanes) + begin : begin;
-    }
   }
   auto add_step = [&](const typename A::Value* xs, const char* weights, auto broadcast) {
     Sums steps[kUsed];
@@ -70,7 +66,8 @@ void multiply_tile(const typename A::Value* x, int64_t group, const Steps& w, in
   for (int r = 0; r < kTileRows; r++) {
 #pragma GCC unroll 4
     for (int v = 0; v < kUsed; v++) {
-      store_vector(sums + r * kPanelRows + v * kLanes, sum[r][v]);
+      Sum* to = sums + r * kPanelRows + v * kLanes;
+      store_vector(to, add ? load_vector<Sums>(to) + sum[r][v] : sum[r][v]);
     }
   }
 }
