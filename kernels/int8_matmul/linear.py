@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kernels.int8_matmul import checks, reference
-from kernels.int8_matmul.op import MODES, int8_linear, result_dtype
+from kernels.int8_matmul.calls import MODES, result_dtype
+from kernels.int8_matmul.op import int8_linear
 from kernels.int8_matmul.quantized import Quantized, dequantize
 from kernels.int8_matmul.quantizing import quantize
 
@@ -58,6 +59,10 @@ class Int8Weight(nn.Module):
     @property
     def quantized_weight(self) -> Quantized:
         return Quantized(self.weight, self.weight_scale)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """F.linear(x, weight), and what else the module adds to it."""
+        raise NotImplementedError
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return dequantize(self.quantized_weight, dtype)
@@ -196,6 +201,10 @@ class Int8Linear(Int8Weight):
             x, weight, buffers["bias"], self.mode, self.activation, x_scale=buffers["x_scale"]
         )
 
+    def linear(self, x: Tensor) -> Tensor:
+        y: Tensor = self(x)
+        return y
+
     def _with_outliers(self, x: Tensor | Quantized) -> Tensor:
         """The outlier columns' part in bfloat16 added to that of all others."""
         if not isinstance(x, Tensor):
@@ -282,33 +291,39 @@ def _static_scale(
 class Int8Embedding(Int8Weight):
     """``torch.nn.Embedding`` with an int8 weight and a scale for each row, for inference.
 
-    Buffers: weight int8 [V, C], weight_scale float32 [V, 1].  Rows are returned in `dtype`.
+    Buffers: weight int8 [V, C], weight_scale float32 [V, 1].  Rows are returned in `dtype`, which
+    `.to()` changes.
     """
 
-    def __init__(self, weight: Quantized, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, weight: Quantized, dtype: torch.dtype = torch.float32, mode: str = "dynamic"
+    ) -> None:
         super().__init__()
+        checks.check_mode("Int8Embedding", mode, MODES)
         self.register_buffer("weight", weight.values)
         self.register_buffer("weight_scale", weight.scale)
-        self.dtype = dtype
+        self.dtype, self.mode = dtype, mode
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         return super()._apply(fn, recurse)
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding) -> Int8Embedding:
-        made = cls(quantize(embedding.weight), embedding.weight.dtype)
+    def from_embedding(cls, embedding: nn.Embedding, mode: str = "dynamic") -> Int8Embedding:
+        """The int8 counterpart of an nn.Embedding, whose values it copies."""
+        made = cls(quantize(embedding.weight), embedding.weight.dtype, mode)
         return made.train(embedding.training)
 
     def forward(self, index: Tensor) -> Tensor:
         rows = F.embedding(index, self.weight).float()
         return (rows * F.embedding(index, self.weight_scale)).to(self.dtype)
 
-    def linear(self, x: Tensor, mode: str = "dynamic") -> Tensor:
-        """F.linear(x, weight): the embedding as the head of a language model."""
+    def linear(self, x: Tensor) -> Tensor:
+        """The embedding as a language model's head, in `mode`; "static" counts as "dynamic"."""
+        mode = "weight_only" if self.mode == "weight_only" else "dynamic"
         y: Tensor = int8_linear(x, self.quantized_weight, None, mode)
         return y
 
     def extra_repr(self) -> str:
         rows, size = self.weight.shape
-        return f"{rows}, {size}, dtype={self.dtype}"
+        return f"{rows}, {size}, mode={self.mode!r}, dtype={self.dtype}"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kernels.int8_matmul import checks
 from kernels.int8_matmul.calibration import calibrate
+from kernels.int8_matmul.calls import MODES
 from kernels.int8_matmul.linear import Int8Embedding, Int8Linear, Int8Weight, is_linear
-from kernels.int8_matmul.op import MODES
 
 NAME = "quantize_model_"
 
@@ -64,7 +64,7 @@ def quantize_model_(
         if module in made:
             continue
         if isinstance(module, nn.Embedding):
-            made[module] = Int8Embedding.from_embedding(module)
+            made[module] = Int8Embedding.from_embedding(module, mode)
         else:
             if absmax and name not in absmax:
                 raise ValueError(f"{NAME}: {name!r} was given no input by `batches`")
