@@ -247,8 +247,6 @@ def test_the_number_of_threads_does_not_show(implementation):
 def test_eager_is_exact_where_int_mm_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     with dispatch.use("eager"):
-        for a, b in (
-            (whole(5, 3000), whole(7, 3000)),
-            (torch.full((2, 2048), -128, dtype=torch.int8),) * 2,
-        ):
+        odd = torch.full((2, 2047), 127, dtype=torch.int8)  # an odd sum above 2^24 is no float32
+        for a, b in ((whole(5, 3000), whole(7, 3000)), (odd, odd), (odd - 255, odd)):
             assert torch.equal(int8_matmul(a, b.t()).long(), oracle.sums(a, b))

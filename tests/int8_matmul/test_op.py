@@ -143,7 +143,7 @@ def test_the_shortest_way_is_for_calls_that_are_right():
     zero_point = Quantized(*WEIGHT[:2], torch.zeros(4, 1).int())
     inputs = [X, X[None], X.double(), X[:, :5], X.t(), X.int(), quantize(X), None]
     weights = [WEIGHT, tuple(WEIGHT), zero_point, Quantized(B.t(), ONE), quantize(X, 0), None]
-    biases = [None, X[0, :4].clone(), X[:2, 0], X[0], X[0, :4].double(), 1.0]
+    biases = [None, X[0, :4].clone(), torch.randn(4, 2)[:, 0], X[0], X[0, :4].double(), 1.0]
     options = [("dynamic", None), ("weight_only", "relu"), ("static", None), ("dynamic", [])]
     for x, weight, bias, (mode, activation) in variants(inputs, weights, biases, options):
         call = x, weight, bias, mode, activation, None, None
