@@ -196,6 +196,21 @@ class Blocks {
       }
       if (row < rows) dot_rows<1>(columns, column, row);
     }
+    x_.by_bytes ? write_rows_of_bytes(columns) : write_singles(columns);
+  }
+
+  void write_rows_of_bytes(const Columns& columns) {
+    if constexpr (A::kOffset != 0) {
+      alignas(64) float products[kBlock] = {};
+      for (int64_t row = 0; row < x_.rows; row++) {
+        combine_bytes(sums_ + 4 * row * kBlock, kBlock, sums_ + x_.singles * kBlock, columns.count,
+                      x_.scale[row], products);
+        write_single<vf>(call_, columns, x_.first + row, 1.f, products);
+      }
+    }
+  }
+
+  void write_singles(const Columns& columns) {
     for (int64_t row = 0; row < x_.singles; row++) {
       Sum* sums = sums_ + row * kBlock;
       if constexpr (A::kOffset != 0) {
