@@ -13,7 +13,7 @@ namespace kernels::ISA {
 namespace int8_matmul {
 namespace {
 
-constexpr int64_t kReadyBytes = int64_t{4} << 20;  // of x made ready at a time
+constexpr int64_t kReadyBytes = int64_t{1} << 20;  // of x made ready at a time: it stays in L2
 
 template <class A>
 void matmul_rows(const MatmulCall& c, int64_t first, int64_t rows) {
@@ -41,6 +41,7 @@ void matmul_rows(const MatmulCall& c, int64_t first, int64_t rows) {
 #pragma omp for schedule(static)
       for (int64_t item = 0; item < items; item++) blocks.run(item);
     }
+    if (streams_output(c)) stream_fence();
   });
 }
 

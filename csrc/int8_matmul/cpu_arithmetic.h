@@ -49,7 +49,7 @@ struct Floats {
   using Sum = float;
   using Sums = vf;
   static constexpr int kStep = 1, kOffset = 0;
-  static constexpr int kMostSingles = kLanes / 2, kMostSinglesLeft = kLanes / 4;
+  static constexpr int kMostSingles = kLanes, kMostSinglesLeft = kLanes / 4;
   static constexpr int kPiece = 256;  // of sums that are short, errors of rounding stay small
   using Value = float;
   using Weight = float;
