@@ -20,6 +20,7 @@ MODES = ("dynamic", "static", "weight_only")
 SIZES = [
     (1, 1, 1),
     (1, 65, 200),  # one row: the path of decoding
+    (4, 9, 1),  # nothing to sum
     (3, 5, 7),  # all smaller than any vector
     (4, 48, 64),  # all full
     (17, 33, 129),  # one more than vectors and blocks
