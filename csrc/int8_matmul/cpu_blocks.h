@@ -71,11 +71,18 @@ class Blocks {
       return {data, padded * int64_t(sizeof(Weight)), 4, columns.count, padded / A::kStep, 0};
     }
     // [step][row]: neighbouring rows are neighbours in memory.
-    memset(pieces_, 0, size_t(padded * kBlock) * sizeof(Weight));
-    for (int64_t i = 0; i < n; i++) {
+    const int64_t stride = call_.weight_column;
+    for (int64_t i = 0; i < padded; i += A::kStep) {
+      Weight* to = pieces_ + i * kBlock;
       const int8_t* from = weights(columns.first, k + i);
-      Weight* to = pieces_ + i / A::kStep * kBlock * A::kStep + i % A::kStep;
-      for (int r = 0; r < columns.count; r++) to[r * A::kStep] = Weight(from[r]);
+      const bool is_whole = i + A::kStep <= n;
+      for (int r = 0; r < columns.count; r += kLanes) {
+        const int count = int(least(columns.count - r, kLanes));
+        store_vector(to + r * A::kStep,
+                     is_whole && count == kLanes
+                         ? interleave_weights<A>(from + r, stride)
+                         : interleave_some_weights<A>(from + r, stride, count, n - i));
+      }
     }
     const auto* data = reinterpret_cast<const char*>(pieces_);
     return {data, 4, kBlock * 4, columns.count, padded / A::kStep, 0};
@@ -196,6 +203,21 @@ class Blocks {
       }
       if (row < rows) dot_rows<1>(columns, column, row);
     }
+    x_.by_bytes ? write_rows_of_bytes(columns) : write_singles(columns);
+  }
+
+  void write_rows_of_bytes(const Columns& columns) {
+    if constexpr (A::kOffset != 0) {
+      alignas(64) float products[kBlock] = {};
+      for (int64_t row = 0; row < x_.rows; row++) {
+        combine_bytes(sums_ + 4 * row * kBlock, kBlock, sums_ + x_.singles * kBlock, columns.count,
+                      x_.scale[row], products);
+        write_single<vf>(call_, columns, x_.first + row, 1.f, products);
+      }
+    }
+  }
+
+  void write_singles(const Columns& columns) {
     for (int64_t row = 0; row < x_.singles; row++) {
       Sum* sums = sums_ + row * kBlock;
       if constexpr (A::kOffset != 0) {
