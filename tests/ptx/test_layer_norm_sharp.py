@@ -24,8 +24,8 @@ TRITON_ARCHS = {torch.bfloat16: "sm_80", torch.float16: "sm_80", torch.float32: 
 
 
 def check(backend: str, arch: str, *sizes_and_dtypes: Any, **options: Any) -> None:
-    """`check_sharp` on one multiprocessor."""
-    with ptx.run(arch, multiprocessors=1), dispatch.use(backend):
+    """`check_sharp` on so few multiprocessors that blocks, or programs, go round; yet on several."""
+    with ptx.run(arch, multiprocessors=2 if backend == "triton" else 1), dispatch.use(backend):
         check_sharp(*sizes_and_dtypes, **options)
 
 
@@ -56,11 +56,11 @@ def test_triton_in_every_dtype(rows, cols, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_every_number_of_rows_of_a_tile(backend, dtype, cols):
-    """A block of cuda's and a tile of Triton's holds up to 32 rows: where the last one ends."""
+    """A block of cuda's holds up to 32 rows, a tile of Triton's up to 64: where the last one ends."""
     if backend == "triton":
         pytest.importorskip("triton")
     arch = (CUDA_ARCHS if backend == "cuda" else TRITON_ARCHS)[dtype]
-    for rows in range(1, 34):
+    for rows in range(1, 34 if backend == "cuda" else 66):
         check(backend, arch, rows, cols, dtype, dtype)
 
 
