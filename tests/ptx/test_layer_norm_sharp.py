@@ -24,7 +24,7 @@ TRITON_ARCHS = {torch.bfloat16: "sm_80", torch.float16: "sm_80", torch.float32: 
 
 
 def check(backend: str, arch: str, *sizes_and_dtypes: Any, **options: Any) -> None:
-    """`check_sharp` on so few multiprocessors that blocks, or programs, go round; yet on several."""
+    """`check_sharp` on so few multiprocessors that blocks, or programs, go round."""
     with ptx.run(arch, multiprocessors=2 if backend == "triton" else 1), dispatch.use(backend):
         check_sharp(*sizes_and_dtypes, **options)
 
@@ -56,7 +56,7 @@ def test_triton_in_every_dtype(rows, cols, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_every_number_of_rows_of_a_tile(backend, dtype, cols):
-    """A block of cuda's holds up to 32 rows, a tile of Triton's up to 64: where the last one ends."""
+    """A block of cuda's holds up to 32 rows, a tile of Triton's up to 64: where the last ends."""
     if backend == "triton":
         pytest.importorskip("triton")
     arch = (CUDA_ARCHS if backend == "cuda" else TRITON_ARCHS)[dtype]
