@@ -1,0 +1,70 @@
+// Int8 matmul on CPUs: which thread does which block; compiled once per instruction set.
+//
+// The rows of x are made ready once, then threads share the blocks of outputs.  Every sum is added
+// up by one thread in a fixed order: results do not depend on the number of threads.
+#include "int8_matmul/cpu.h"
+
+#include "common/cpu/memory.h"
+#include "common/cpu/parallel.h"
+#include "int8_matmul/cpu_blocks.h"
+#include "int8_matmul/cpu_rows.h"
+
+namespace kernels::ISA {
+namespace int8_matmul {
+namespace {
+
+constexpr int64_t kReadyBytes = int64_t{4} << 20;  // of x made ready at a time
+
+template <class A>
+void matmul_rows(const MatmulCall& c, int64_t first, int64_t rows) {
+  Ready<A> x(c, first, rows);
+  const int threads = threads_for(c.cols * c.depth / 16 + rows * c.cols * c.depth / 256);
+  ThreadMemory memory(x.scratch_floats() + Blocks<A>::kFloats);
+  x.place(memory);
+  const bool made = rows * c.depth <= kElementsPerThread;
+  if (made) {
+    for (int64_t item = 0; item < x.items(); item++) x.make(item);
+  }
+  const int64_t items = Blocks<A>::columns(c) * Blocks<A>::chunks(x);
+  on_threads(threads, [&] {
+    const bool is_caller = thread_number() == 0;
+    ThreadMemory others(is_caller ? 0 : Blocks<A>::kFloats);
+    Blocks<A> blocks(x, is_caller ? memory : others);
+    if (!made) {
+#pragma omp for schedule(static)
+      for (int64_t item = 0; item < x.items(); item++) x.make(item);
+    }
+    if (x.groups) {
+#pragma omp for schedule(dynamic)
+      for (int64_t item = 0; item < items; item++) blocks.run(item);
+    } else {  // the same weights to the same thread: they may still lie in its cache
+#pragma omp for schedule(static)
+      for (int64_t item = 0; item < items; item++) blocks.run(item);
+    }
+  });
+}
+
+template <class A>
+void matmul_as(const MatmulCall& c) {
+  const int64_t ready = kReadyBytes / (c.depth * int64_t(sizeof(typename A::Value)));
+  const int64_t most = round_up(ready < 1 ? 1 : ready, kPanelRows);
+  for (int64_t first = 0; first < c.rows; first += most) {
+    matmul_rows<A>(c, first, least(c.rows - first, most));
+  }
+}
+
+void matmul(const MatmulCall& c) {
+  if (c.mode != Mode::kRaw) {
+    dispatch_float(c.y_dtype,
+                   [&](auto t) { prefer_huge_pages(c.y, c.rows * c.cols * int64_t(sizeof t)); });
+  }
+  c.mode == Mode::kWeightOnly ? matmul_as<Floats>(c) : matmul_as<Integers>(c);
+}
+
+}  // namespace
+}  // namespace int8_matmul
+
+const kernels::int8_matmul::CpuKernels int8_matmul_kernels = {int8_matmul::matmul,
+                                                              int8_matmul::rows};
+
+}  // namespace kernels::ISA
