@@ -1,7 +1,8 @@
 """What the executor's tests of int8 matmul share: an oracle, calls of a backend, and bounds.
 
-Integer sums are exact in every case.  With scales each element has a bound of its own, from float64:
-a unit in the last place of the result's dtype, and float32's rounding of the terms it is made of.
+Integer sums are exact in every case.  With scales each element has a bound of its own, from
+float64: a unit in the last place of the result's dtype, and float32's rounding of the terms it is
+made of.
 Scales, biases and rows differ from each other, so one taken from the wrong place shows.
 """
 
@@ -60,7 +61,8 @@ def quantised_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tens
     largest = wide.abs().amax(1) if x.shape[1] else torch.zeros(len(x))
     finite = largest.isfinite()
     small = largest < 2.0**-120
-    inverse, scales = 127 / largest, largest / 127
+    # Divided by a tensor: `127 / largest` would be 127 times the rounded 1 / largest.
+    inverse, scales = torch.full_like(largest, 127) / largest, largest / 127
     if scale is not None:
         inverse, scales, small = 1 / scale.expand(len(x)), scale.repeat(len(x)), ~finite
     values = (wide * inverse[:, None]).round().clamp(-127, 127)
