@@ -18,7 +18,8 @@ struct Epilogue {
   DType bias_dtype;
   Activation activation;
   Output dtype;
-  bool vectors;  // four elements of y from a multiple of 4 on may be stored at once
+  bool vectors;         // four elements of y from a multiple of 4 on may be stored at once
+  bool factor_vectors;  // and four scales and biases of columns be loaded
   int m, n;
   void* parts;  // int or float [splits, m, part_columns], or null: the sums are whole
 
@@ -48,21 +49,35 @@ struct ColumnFactors {
   float scale[4], bias[4];
 
   __device__ __forceinline__ ColumnFactors(const Epilogue& e, int column, int count) {
+    const bool whole = e.factor_vectors && count == 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       scale[i] = 1.f;
       bias[i] = 0.f;
-      if (i < count && e.weight_scale != nullptr) {
-        scale[i] = e.weight_scale[(column + i) * e.weight_scale_step];
-      }
+    }
+    if (e.weight_scale != nullptr) {
+      load_four(e.weight_scale + column * e.weight_scale_step, e.weight_scale_step, count,
+                whole && e.weight_scale_step == 1, scale);
     }
     if (e.bias == nullptr) return;
-    with_type(e.bias_dtype, e.bias, [&](auto* from) {
+    with_type(e.bias_dtype, e.bias,
+              [&](auto* from) { load_four(from + column, 1, count, whole, bias); });
+  }
+
+ private:
+  template <typename T>
+  __device__ __forceinline__ static void load_four(const T* from, int64_t step, int count,
+                                                   bool whole, float (&to)[4]) {
+    if (whole) {
+      const auto values = Vec<T, 4>::load(from);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i < count) bias[i] = to_float(from[column + i]);
-      }
-    });
+      for (int i = 0; i < 4; ++i) to[i] = to_float(values.at[i]);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) to[i] = to_float(from[i * step]);
+    }
   }
 };
 
@@ -108,45 +123,52 @@ __device__ __forceinline__ void finish(const Epilogue& e, const Sum (&sums)[4], 
   store_rounded<__half>(e, at, values, count);
 }
 
+// Eight bytes at once: the compiler splits two stores, and a pair of them, too.
+template <typename Sum>
+__device__ __forceinline__ void store_pair(Sum* to, Sum first, Sum second) {
+  const uint64_t low = reinterpret_cast<const uint32_t&>(first);
+  const uint64_t high = reinterpret_cast<const uint32_t&>(second);
+  *reinterpret_cast<uint64_t*>(to) = high << 32 | low;
+}
+
 // The sums c of a warp, in the layout of mma.sync, as rows row0 … and columns column0 … of the
-// result or of part `split`. `scratch`, the warp's own, holds 16 rows of sums: there the lanes
-// exchange them, so that each has four neighbours. Its 16-byte chunks are permuted by the row.
+// result or of part `split`. The lanes exchange them in `scratch`, the warp's own, so that each has
+// four neighbours: its 16-byte chunks are permuted by the row.
 template <typename Sum, int kM, int kN>
 __device__ __forceinline__ void finish_tile(const Epilogue& e, const Sum (&c)[kM][kN][4],
-                                            Sum* scratch, int row0, int column0, int split) {
+                                            Sum (&scratch)[kM * 16][kN * 8], int row0, int column0,
+                                            int split) {
   constexpr int kChunks = kN * 2;  // of a row
   const int lane = threadIdx.x % kWarp;
   const auto chunk_at = [&](int row, int chunk) {
-    return scratch + (row * kChunks + (chunk ^ row % 4 * 2)) * 4;
+    return scratch[row] + (chunk ^ row % 4 * 2) * 4;
   };
-  const int chunk = lane % kChunks, column = column0 + 4 * chunk;
-  const int count = min(max(e.n - column, 0), 4);
-  const ColumnFactors factors(e, column, count);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
-    __syncwarp();  // the rows before have been read
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
-        Vec<Sum, 2> pair;
-        pair.at[0] = c[m][n][2 * half];
-        pair.at[1] = c[m][n][2 * half + 1];
-        pair.store(chunk_at(8 * half + lane / 4, 2 * n + lane % 4 / 2) + lane % 2 * 2);
+        const int row = 16 * m + 8 * half + lane / 4;
+        store_pair(chunk_at(row, 2 * n + lane % 4 / 2) + lane % 2 * 2, c[m][n][2 * half],
+                   c[m][n][2 * half + 1]);
       }
     }
-    __syncwarp();
+  }
+  __syncwarp();
+  const int chunk = lane % kChunks, column = column0 + 4 * chunk;
+  if (column >= e.n) return;
+  const int count = min(e.n - column, 4);
+  const ColumnFactors factors(e, column, count);
 #pragma unroll 1
-    for (int r = lane / kChunks; r < 16; r += kWarp / kChunks) {
-      const int row = row0 + 16 * m + r;
-      if (row >= e.m || count == 0) continue;
-      const auto sums = Vec<Sum, 4>::load(chunk_at(r, chunk));
-      if (e.parts != nullptr) {
-        const int64_t at = (int64_t{split} * e.m + row) * e.part_columns() + column;
-        sums.store(static_cast<Sum*>(e.parts) + at);
-      } else {
-        finish(e, sums.at, row, column, count, row_scale_of(e, row), factors);
-      }
+  for (int r = lane / kChunks; r < 16 * kM && row0 + r < e.m; r += kWarp / kChunks) {
+    const int row = row0 + r;
+    const auto sums = Vec<Sum, 4>::load(chunk_at(r, chunk));
+    if (e.parts != nullptr) {
+      const int64_t at = (int64_t{split} * e.m + row) * e.part_columns() + column;
+      sums.store(static_cast<Sum*>(e.parts) + at);
+    } else {
+      finish(e, sums.at, row, column, count, row_scale_of(e, row), factors);
     }
   }
 }

@@ -19,7 +19,8 @@ struct GemmShape {
   static constexpr int kStages = 4;
   static constexpr int kStageBytes = 2 * kRows * kDepth;
   static constexpr size_t kShared = kStages * kStageBytes;
-  static constexpr int kBlocks = kRows == 128 ? 2 : 4;  // of a multiprocessor
+  static_assert(kShared >= kRows * kRows * sizeof(int));  // the sums, in the end
+  static constexpr int kBlocks = kRows == 128 ? 2 : 4;    // of a multiprocessor
 };
 
 struct GemmArgs {
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(GemmShape<kRows>::kThreads, GemmShape<kRows>::
     }
   }
   __syncthreads();  // all have read their last stage: its memory is free
-  int* scratch = reinterpret_cast<int*>(memory) + warp * 16 * 8 * kN;
+  auto& scratch = reinterpret_cast<int (*)[16 * kM][8 * kN]>(memory)[warp];
   finish_tile(a.out, c, scratch, place.row + warp_row, place.column + warp_column, blockIdx.y);
 }
 

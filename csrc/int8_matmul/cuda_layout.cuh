@@ -77,7 +77,9 @@ __global__ void __launch_bounds__(kLayoutThreads) transpose_kernel(const LayoutA
   to[3 * kStride] = __byte_perm(high01, high23, 0x7632);
   __syncthreads();
 
-  const int out_row = threadIdx.x / 4, chunk = threadIdx.x % 4;
+  // A warp takes rows 0 … 3 and 16 … 19 of a piece: those lie in different banks.
+  const int out_row = warp / 4 * 32 + lane / 16 * 16 + warp % 4 * 4 + lane / 4 % 4;
+  const int chunk = lane % 4;
   const int out_column = column0 + 16 * chunk;
   if (row0 + out_row >= a.rows || out_column >= a.to_stride) return;
   const uint32_t* words = tile + out_row * kStride + 4 * chunk;

@@ -18,7 +18,8 @@ struct FloatGemmShape {
   static constexpr int kRows = 64, kThreads = 4 * kWarp;
   static constexpr int kDepth = 128 / static_cast<int>(sizeof(T));  // columns of a stage
   static constexpr size_t kShared = 2 * 2 * kRows * 128;
-  static constexpr int kBlocks = sizeof(T) == 2 ? 3 : 2;  // of a multiprocessor
+  static_assert(kShared >= kRows * kRows * sizeof(float));  // the sums, in the end
+  static constexpr int kBlocks = sizeof(T) == 2 ? 3 : 2;    // of a multiprocessor
 };
 
 struct FloatGemmArgs {
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(FloatGemmShape<T>::kThreads, FloatGemmShape<T>
     wait_for_copies();
     __syncthreads();  // the next stage is there for all, and nobody reads this one any more
   }
-  float* scratch = reinterpret_cast<float*>(memory) + warp * 16 * 8 * kN;
+  auto& scratch = reinterpret_cast<float (*)[16 * kM][8 * kN]>(memory)[warp];
   finish_tile(a.out, c, scratch, place.row + warp_row, place.column + warp_column, blockIdx.y);
 }
 

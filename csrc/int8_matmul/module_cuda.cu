@@ -47,6 +47,7 @@ void int8_matmul_forward(Arguments& given) {
   e.dtype = static_cast<Output>(given.take<int>());
   e.y = given.pointer();
   const bool words = e.dtype == Output::kFloat32 || e.dtype == Output::kInt32;
+  e.factor_vectors = vectorisable(0, e.weight_scale, e.bias);
   e.vectors = e.n % 4 == 0 && reinterpret_cast<Address>(e.y) % (words ? 16 : 8) == 0;
   if (c.mode == Mode::kStatic) c.given_scale = e.x_scale;
   auto* workspace = given.pointer<char>();
