@@ -136,7 +136,7 @@ __device__ __forceinline__ void add_products(const GemvArgs& a, const int8_t* x,
 __device__ __forceinline__ void add_products(const GemvArgs& a, const float* x, int col,
                                              const uint4 (&w)[kGemvOutputs],
                                              float (&sums)[kGemvRows][kGemvOutputs]) {
-  const int lane = threadIdx.x % kWarp, step = col / kGemvStep * kGemvStep;
+  const int lane = col / 16 % kWarp, step = col / kGemvStep * kGemvStep;
 #pragma unroll
   for (int part = 0; part < 4; ++part) {  // four columns each
     float weights[kGemvOutputs][4];
@@ -158,6 +158,43 @@ __device__ __forceinline__ void add_products(const GemvArgs& a, const float* x, 
   }
 }
 
+// The same for all columns of a slice, `first` … first + width: two steps of whole 16 bytes at a
+// time, so that all their loads are under way, then what is left of the row, or unaligned.
+template <typename Sum, typename Element>
+__device__ __forceinline__ void add_slice(const GemvArgs& a, const Element* x,
+                                          const int8_t* const (&weight)[kGemvOutputs], int first,
+                                          int width, Sum (&sums)[kGemvRows][kGemvOutputs]) {
+  constexpr int kSteps = 2;
+  const int lane = threadIdx.x % kWarp, there = min(a.k - first, width);
+  const int whole = a.weight_vectors ? there / 16 * 16 : 0;
+#pragma unroll 1
+  for (int col = 16 * lane; col < whole; col += kSteps * kGemvStep) {
+    uint4 w[kSteps][kGemvOutputs];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+      for (int o = 0; o < kGemvOutputs; ++o) {
+        const int at = col + s * kGemvStep;
+        w[s][o] = make_uint4(0, 0, 0, 0);
+        if (at < whole) w[s][o] = *reinterpret_cast<const uint4*>(weight[o] + first + at);
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      if (col + s * kGemvStep < whole) add_products(a, x, col + s * kGemvStep, w[s], sums);
+    }
+  }
+#pragma unroll 1
+  for (int col = whole + 16 * lane; col < there; col += kGemvStep) {
+    uint4 w[kGemvOutputs];
+#pragma unroll
+    for (int o = 0; o < kGemvOutputs; ++o) {
+      w[o] = load_bytes16(weight[o] + first + col, there - col, a.weight_vectors);
+    }
+    add_products(a, x, col, w, sums);
+  }
+}
+
 template <bool kInteger>
 __global__ void __launch_bounds__(kGemvThreads) gemv_kernel(const GemvArgs a) {
   using Sum = std::conditional_t<kInteger, int, float>;
@@ -172,6 +209,11 @@ __global__ void __launch_bounds__(kGemvThreads) gemv_kernel(const GemvArgs a) {
   const int lane = threadIdx.x % kWarp;
   const int group = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   const int column = group * kGemvOutputs;
+  const int8_t* weight[kGemvOutputs];  // columns past the last repeat it, and are not stored
+#pragma unroll
+  for (int o = 0; o < kGemvOutputs; ++o) {
+    weight[o] = a.weight + int64_t{min(column + o, a.out.n - 1)} * a.weight_stride;
+  }
 
   Sum sums[kGemvRows][kGemvOutputs] = {};
   for (int first = 0; first < a.k; first += a.slice) {
@@ -179,17 +221,7 @@ __global__ void __launch_bounds__(kGemvThreads) gemv_kernel(const GemvArgs a) {
     if (first > 0) __syncthreads();  // the slice before has been read
     fill_slice<kInteger>(a, first, width, memory, quantizers);
     __syncthreads();
-#pragma unroll 2
-    for (int col = 16 * lane; col < width; col += kGemvStep) {
-      uint4 w[kGemvOutputs];
-#pragma unroll
-      for (int o = 0; o < kGemvOutputs; ++o) {
-        const int there = column + o < a.out.n ? a.k - first - col : 0;
-        w[o] = load_bytes16(a.weight + (int64_t{column} + o) * a.weight_stride + first + col, there,
-                            a.weight_vectors);
-      }
-      add_products(a, reinterpret_cast<const Element*>(memory), col, w, sums);
-    }
+    add_slice(a, reinterpret_cast<const Element*>(memory), weight, first, width, sums);
   }
 
   Sum own = 0;  // lane row * kGemvOutputs + o has y[row][column + o]
