@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.int8_matmul import reference
+from kernels.int8_matmul.calls import Call
 from kernels.int8_matmul.quantized import Quantized, dequantize
 from kernels.int8_matmul.rows.reference import quantize_rows
-
-if TYPE_CHECKING:
-    from kernels.int8_matmul.op import Call
 
 
 def straight_through(call: Call) -> Tensor:

@@ -31,7 +31,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     divisor = torch.where(used, absmax, 1.0)
     # Divisions of tensors are rounded once; those by or of a number may be a multiplication.
     limit = torch.full_like(divisor, LIMIT)
-    scale = torch.where(used, divisor / limit, torch.where(finite, 1.0, torch.nan))
+    unused = torch.ones_like(divisor).masked_fill(~finite, torch.nan)
+    scale = torch.where(used, divisor / limit, unused)
     values = (wide * (limit / divisor)[..., None]).round()  # to even
     return torch.where(used[..., None], values, 0.0).to(torch.int8), scale
 
