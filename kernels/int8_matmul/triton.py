@@ -1,0 +1,100 @@
+"""int8 matmul in Triton: rows are quantised by one kernel, the product and all after it by another.
+
+The kernels are in triton_rows.py and triton_product.py, their tiles in triton_plan.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import _triton
+from kernels.int8_matmul import triton_plan
+from kernels.int8_matmul.triton_product import _combine_kernel, _product_kernel
+from kernels.int8_matmul.triton_rows import quantize_rows
+
+__all__ = ["backward", "forward", "unsupported"]
+
+backward = None
+
+
+def unsupported(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    mode: str,
+    out_dtype: torch.dtype,
+) -> str | None:
+    """None where these kernels accept the call, else one sentence saying why not."""
+    accepted = (torch.int8,) if mode in ("int8", "raw") else _triton.DTYPES
+    reason = _triton.unsupported(_product_kernel, x, bias, dtypes=accepted)
+    if reason is None and out_dtype == torch.bfloat16 and _triton.interpreted(_product_kernel):
+        return "Triton's interpreter rounds bfloat16 wrongly"
+    return reason
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    mode: str,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor]:
+    """(y [M, N],) of x [M, K] and weight [N, K]: README.md says what each mode computes."""
+    if mode in ("dynamic", "static"):
+        x, x_scale = quantize_rows(x, x_scale if mode == "static" else None)
+    (rows, depth), cols = x.shape, weight.shape[0]
+    out_dtype = torch.int32 if mode == "raw" else out_dtype
+    y = torch.empty(rows, cols, dtype=out_dtype, device=x.device)
+    with _triton.device_of(x):
+        plan, layout = triton_plan.plan(x, weight), triton_plan.layout(x, weight)
+        after = (x_scale, weight_scale, bias)
+        strides = tuple(int(s is not None and s.numel() > 1) for s in (x_scale, weight_scale))
+        out, shared = y, plan.parts > 1
+        if shared:
+            sums = torch.float32 if x.is_floating_point() else torch.int32
+            out = torch.empty(plan.parts, rows, cols, dtype=sums, device=x.device)
+        _product_kernel[(plan.tiles, plan.parts)](
+            x,
+            weight,
+            *((None,) * 3 if shared else after),
+            out,
+            rows,
+            cols // layout.vec_n,
+            depth // layout.vec_k,
+            layout.stride_a,
+            layout.stride_b,
+            *strides,
+            plan.part_depth,
+            VEC_K=layout.vec_k,
+            VEC_N=layout.vec_n,
+            ALONG_K=layout.along_k,
+            WHOLE_K=depth % plan.tile["BLOCK_K"] == 0,
+            WHOLE_N=cols % plan.tile["BLOCK_N"] == 0,
+            ACTIVATION="none" if shared else activation,
+            **plan.tile,
+            **_triton.LAUNCH,
+        )
+        if shared:
+            _combine_kernel[(rows, triton.cdiv(cols, triton_plan.COMBINE_BLOCK))](
+                out,
+                *after,
+                y,
+                rows,
+                cols // layout.vec_n,
+                *strides,
+                plan.parts,
+                VEC_N=layout.vec_n,
+                ACTIVATION=activation,
+                BLOCK_N=triton_plan.COMBINE_BLOCK,
+                num_warps=triton_plan.COMBINE_WARPS,
+                **_triton.LAUNCH,
+            )
+    return (y,)
