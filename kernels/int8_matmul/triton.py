@@ -48,13 +48,17 @@ def forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor]:
     """(y [M, N],) of x [M, K] and weight [N, K]: README.md says what each mode computes."""
+    cols, depth = weight.shape
     if mode in ("dynamic", "static"):
-        x, x_scale = quantize_rows(x, x_scale if mode == "static" else None)
-    (rows, depth), cols = x.shape, weight.shape[0]
+        width = triton_plan.padded_width(x.shape[0], depth)
+        x, x_scale = quantize_rows(x, x_scale if mode == "static" else None, width=width)
+    x, weight = triton_plan.prepared(x, weight)
+    rows, depth = x.shape
     out_dtype = torch.int32 if mode == "raw" else out_dtype
     y = torch.empty(rows, cols, dtype=out_dtype, device=x.device)
     with _triton.device_of(x):
-        plan, layout = triton_plan.plan(x, weight), triton_plan.layout(x, weight)
+        layout = triton_plan.layout(x, weight)
+        plan = triton_plan.plan(x, weight, layout, activation)
         after = (x_scale, weight_scale, bias)
         strides = tuple(int(s is not None and s.numel() > 1) for s in (x_scale, weight_scale))
         out, shared = y, plan.parts > 1
@@ -72,12 +76,13 @@ def forward(
             layout.stride_a,
             layout.stride_b,
             *strides,
-            plan.part_depth,
+            plan.part_blocks,
             VEC_K=layout.vec_k,
             VEC_N=layout.vec_n,
             ALONG_K=layout.along_k,
             WHOLE_K=depth % plan.tile["BLOCK_K"] == 0,
             WHOLE_N=cols % plan.tile["BLOCK_N"] == 0,
+            SPLIT=x.dtype == torch.float32 and not _triton.interpreted(_product_kernel),
             ACTIVATION="none" if shared else activation,
             **plan.tile,
             **_triton.LAUNCH,

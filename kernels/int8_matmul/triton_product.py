@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 GROUP_M = tl.constexpr(8)  # tiles of rows that share a tile of the weight while it is in the cache
-NUMBERS = ["rows", "cols", "depth", "stride_a", "stride_b", "stride_as", "stride_bs", "part_depth"]
+NUMBERS = ["rows", "cols", "depth", "stride_a", "stride_b", "stride_as", "stride_bs", "part_blocks"]
 
 
 @triton.jit
@@ -26,6 +26,16 @@ def _activated(y, ACTIVATION: tl.constexpr):
         u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
         return y / (1.0 + tl.exp(-2.0 * u))
     return y
+
+
+@triton.jit
+def _pieces(x):
+    """float32 as the sum of three bfloat16, exactly: 8 bits of its 24 each."""
+    finite = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+    high = tl.where(finite, (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True), x)
+    rest = tl.where(finite, x - high, 0.0)
+    middle = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), middle.to(tl.bfloat16), (rest - middle).to(tl.bfloat16)
 
 
 @triton.jit
@@ -83,20 +93,21 @@ def _product_kernel(
     stride_b,  # of the dimension that is not contiguous, in units of the other's vector
     stride_as,  # 1, or 0 where one scale serves all
     stride_bs,
-    part_depth,  # of depth, for one program; a multiple of BLOCK_K
+    part_blocks,  # of BLOCK_K, for one program
     VEC_K: tl.constexpr,
     VEC_N: tl.constexpr,
     ALONG_K: tl.constexpr,  # the weight's depth is its contiguous dimension
     WHOLE_K: tl.constexpr,  # depth is a multiple of BLOCK_K
     WHOLE_N: tl.constexpr,  # cols is one of BLOCK_N
+    SPLIT: tl.constexpr,  # float32 is multiplied in pieces of bfloat16
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     # The products show Triton that rows start on a vector boundary.
-    cols, depth, stride_a = cols * VEC_N, depth * VEC_K, stride_a * VEC_K
-    stride_b = stride_b * (VEC_K if ALONG_K else VEC_N)
+    cols, depth, stride_a = cols * VEC_N, depth * VEC_K, stride_a.to(tl.int64) * VEC_K
+    stride_b = stride_b.to(tl.int64) * (VEC_K if ALONG_K else VEC_N)
     FLOAT: tl.constexpr = a_ptr.dtype.element_ty != tl.int8
     tile_m, tile_n = _tile_of(rows, cols, BLOCK_M, BLOCK_N)
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -105,10 +116,10 @@ def _product_kernel(
     # Rows past the end are read as the last one, and their sums are not stored.
     a_row_ptr = a_ptr + tl.minimum(offs_m, rows - 1)[:, None] * stride_a
     if ALONG_K:
-        b_row_ptr = b_ptr + tl.minimum(offs_n, cols - 1).to(tl.int64)[None, :] * stride_b
+        b_row_ptr = b_ptr + tl.minimum(offs_n, cols - 1)[None, :] * stride_b
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32 if FLOAT else tl.int32)
-    begin = tl.program_id(1) * part_depth
-    for first_k in range(begin, tl.minimum(begin + part_depth, depth), BLOCK_K):
+    begin = tl.program_id(1) * part_blocks * BLOCK_K
+    for first_k in range(begin, tl.minimum(begin + part_blocks * BLOCK_K, depth), BLOCK_K):
         k = first_k + offs_k
         inside = k < depth
         if WHOLE_K:
@@ -121,13 +132,19 @@ def _product_kernel(
             else:
                 b = tl.load(b_row_ptr + k[:, None], mask=inside[:, None], other=0)
         else:
-            ptrs = b_ptr + k.to(tl.int64)[:, None] * stride_b + offs_n[None, :]
+            ptrs = b_ptr + k[:, None] * stride_b + offs_n[None, :]
             if WHOLE_K and WHOLE_N:
                 b = tl.load(ptrs)
             else:
                 b = tl.load(ptrs, mask=inside[:, None] & (offs_n < cols)[None, :], other=0)
-        if FLOAT:
-            acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+        if SPLIT:
+            high, middle, low = _pieces(a)
+            b = b.to(tl.bfloat16)
+            acc = tl.dot(low, b, acc)
+            acc = tl.dot(middle, b, acc)
+            acc = tl.dot(high, b, acc)
+        elif FLOAT:
+            acc = tl.dot(a, b.to(a.dtype), acc)
         else:
             acc = tl.dot(a, b, acc, out_dtype=tl.int32)
     y_ptr += tl.program_id(1).to(tl.int64) * rows * cols

@@ -6,6 +6,8 @@ registers for all tiles.  Longer rows are swept in blocks.  What is written is i
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from kernels import _triton
 
+VECTOR = 8  # elements that threads load at a time
 RESIDENT_COLS = 16384  # longer rows do not fit the registers of one program
 NORMALIZED_COLS = 8192  # weight and bias are held, too
 LONG_BLOCK_N, LONG_WARPS = 4096, 16  # 8 elements per thread and sweep step
@@ -32,6 +35,7 @@ TILES = (
     (RESIDENT_COLS, 1, 16),
 )
 
+NUMBERS = ["rows", "n_vec", "stride", "stride_values", "eps"]
 LARGEST: tl.constexpr = tl.constexpr(127)  # of the quantised values; -128 is not used
 NOT_FINITE: tl.constexpr = tl.constexpr(0x7F800000)  # bits of infinity; NaN has more
 SMALLEST: tl.constexpr = tl.constexpr(0x03800000)  # bits of 2^-120: smaller rows count as zeros
@@ -73,7 +77,7 @@ def _quantized(x, inverse, counts, STATIC: tl.constexpr):
     return q.to(tl.int32, bitcast=True).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["rows", "n_vec", "stride", "eps"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _rows_kernel(
     x_ptr,  # [rows, cols]
     weight_ptr,  # [cols], or None
@@ -84,6 +88,7 @@ def _rows_kernel(
     rows,
     n_vec,
     stride,  # of x's rows, in units of VEC as n_vec is
+    stride_values,
     eps,
     VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -107,7 +112,7 @@ def _rows_kernel(
         mask = mask_m[:, None] & mask_n
         # The choice keeps LLVM from carrying one 64-bit pointer per element from tile to tile.
         row = tl.where(mask_m, offs_m, 0)[:, None]
-        offs = row * (stride * VEC) + offs_n  # [BLOCK_M, BLOCK_N]
+        offs = row * stride * VEC + offs_n  # [BLOCK_M, BLOCK_N]
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if NORMALIZED:
             mean = tl.sum(x, 1) / cols
@@ -121,7 +126,7 @@ def _rows_kernel(
                 x += bias
         inverse, scale, counts = _factors(tl.max(_magnitude(x), 1), static_scale_ptr, STATIC)
         q = _quantized(x, inverse[:, None], counts[:, None], STATIC)
-        tl.store(values_ptr + row * cols + offs_n, q, mask=mask)
+        tl.store(values_ptr + row * stride_values * VEC + offs_n, q, mask=mask)
         tl.store(scale_ptr + offs_m, scale, mask=mask_m)
 
 
@@ -151,7 +156,7 @@ def _prepared_block(
     return x
 
 
-@triton.jit(do_not_specialize=["rows", "n_vec", "stride", "eps"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _long_rows_kernel(
     x_ptr,  # [rows, cols]
     weight_ptr,  # [cols], or None
@@ -162,6 +167,7 @@ def _long_rows_kernel(
     rows,
     n_vec,
     stride,
+    stride_values,
     eps,
     VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -171,7 +177,7 @@ def _long_rows_kernel(
     STATIC: tl.constexpr = static_scale_ptr is not None
     mean, rstd = 0.0, 1.0
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
-        row_ptr = x_ptr + row * (stride * VEC)
+        row_ptr = x_ptr + row * stride * VEC
         if NORMALIZED:
             total = tl.zeros([BLOCK_N], tl.float32)
             for block in range(0, cols, BLOCK_N):
@@ -202,7 +208,7 @@ def _long_rows_kernel(
                 row_ptr, weight_ptr, bias_ptr, offs_n, cols, mean, rstd, NORMALIZED
             )
             q = _quantized(x, inverse, counts, STATIC)
-            tl.store(values_ptr + row * cols + offs_n, q, mask=offs_n < cols)
+            tl.store(values_ptr + row * stride_values * VEC + offs_n, q, mask=offs_n < cols)
         tl.store(scale_ptr + row + tl.arange(0, 1), scale)
 
 
@@ -213,36 +219,35 @@ def quantize_rows(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 0.0,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """int8 [rows, cols] and float32 [rows] of x, whose last stride is 1."""
+    """int8 [rows, cols] and float32 [rows] of x, whose last stride is 1.
+
+    With `width` the values are [rows, width], zeros after those of each row.
+    """
     rows, cols = x.shape
-    values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    width = width or cols
+    new = torch.empty if width == cols else torch.zeros
+    values = new(rows, width, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows == 0 or cols == 0:
         return values, scale.fill_(1.0)
-    stride = x.stride(0) if rows > 1 else cols
-    vec = min(_triton.vector(cols), _triton.vector(stride) if stride else 8)
+    stride = x.stride(0) if rows > 1 else 0
+    vec = math.gcd(VECTOR, cols, stride, width)
     limit = NORMALIZED_COLS if normalized else RESIDENT_COLS
     tensors = x, weight, bias, static_scale, values, scale
-    numbers = rows, cols // vec, stride // vec, eps
+    numbers = rows, cols // vec, stride // vec, width // vec, eps
     flags = {"VEC": vec, "NORMALIZED": normalized, **_triton.LAUNCH}
     with _triton.device_of(x):
-        if not _triton.resident(limit, cols, vec):
-            grid = (_triton.programs(rows, _triton.wave(x, LONG_WARPS)),)
-            _long_rows_kernel[grid](
-                *tensors, *numbers, **flags, BLOCK_N=LONG_BLOCK_N, num_warps=LONG_WARPS
-            )
-        else:
+        if _triton.resident(limit, cols, vec):
             block_m, num_warps = _triton.tile(TILES, x, cols, vec)
             grid = (_triton.programs(triton.cdiv(rows, block_m), _triton.wave(x, num_warps)),)
-            _rows_kernel[grid](
-                *tensors,
-                *numbers,
-                **flags,
-                BLOCK_M=block_m,
-                BLOCK_N=triton.next_power_of_2(cols),
-                num_warps=num_warps,
-            )
+            blocks = {"BLOCK_M": block_m, "BLOCK_N": triton.next_power_of_2(cols)}
+            _rows_kernel[grid](*tensors, *numbers, **flags, **blocks, num_warps=num_warps)
+        else:
+            grid = (_triton.programs(rows, _triton.wave(x, LONG_WARPS)),)
+            blocks = {"BLOCK_N": LONG_BLOCK_N}
+            _long_rows_kernel[grid](*tensors, *numbers, **flags, **blocks, num_warps=LONG_WARPS)
     return values, scale
 
 
