@@ -14,6 +14,9 @@ extern PyMethodDef entry_points[];
 namespace cross_entropy {
 extern PyMethodDef entry_points[];
 }
+namespace int8_matmul {
+extern PyMethodDef entry_points[];
+}
 namespace layer_norm {
 extern PyMethodDef entry_points[];
 }
@@ -36,8 +39,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_sets", &instruction_sets, "Those this machine runs, best first.");
   m.def("instruction_set", [] { return current_instruction_set()->name; });
   m.def("use_instruction_set", &use_instruction_set);  // ValueError names the available ones
-  for (PyMethodDef* entry_points :
-       {attention::entry_points, cross_entropy::entry_points, layer_norm::entry_points}) {
+  for (PyMethodDef* entry_points : {attention::entry_points, cross_entropy::entry_points,
+                                    int8_matmul::entry_points, layer_norm::entry_points}) {
     if (PyModule_AddFunctions(m.ptr(), entry_points)) throw pybind11::error_already_set();
   }
 }

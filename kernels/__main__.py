@@ -1,4 +1,4 @@
-"""The command line: python -m kernels info | check | train | generate | demo."""
+"""The command line: python -m kernels info | check | train | generate | quantize | demo."""
 
 from __future__ import annotations
 

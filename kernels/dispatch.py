@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 
-OPS = ("layer_norm", "attention", "attention.decode", "cross_entropy")
+OPS = (
+    *("layer_norm", "attention", "attention.decode", "cross_entropy"),
+    *("int8_matmul", "int8_matmul.rows"),
+)
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 CPU_ORDER = ("cpu", "cuda", "triton", "eager")  # asking in vain costs a small call microseconds
 FORCED_ONLY = ("reference",)  # plain torch formulas: the tests' oracle, never chosen by itself
@@ -28,7 +31,9 @@ _library = torch.library.Library("kernels", "FRAGMENT")
 
 # Arguments whose memory, if any, a kernel may use directly.  Subclasses such as DTensor or
 # FakeTensor hold none, and go through PyTorch's dispatcher.
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), tuple, list, float, int, bool})
+_PLAIN = frozenset(
+    {torch.Tensor, torch.nn.Parameter, type(None), tuple, list, float, int, bool, str, torch.dtype}
+)
 
 
 def _known_backend(name: str, source: str) -> str:
@@ -227,14 +232,15 @@ def _register(
 ) -> Callable[..., tuple[Any, ...]]:
     name = f"{op.replace('.', '_')}_{direction}"
 
-    def as_tensors(outputs: tuple[Any, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(like.new_empty(0) if output is None else output for output in outputs)
+    def as_tensors(outputs: tuple[Any, ...], like: torch.Tensor) -> Any:
+        tensors = tuple(like.new_empty(0) if output is None else output for output in outputs)
+        return tensors if len(tensors) > 1 else tensors[0]  # a schema's only output is no tuple
 
-    def run(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    def run(*arguments: Any) -> Any:
         module = select(op, *arguments[first_argument:])
         return as_tensors(getattr(module, direction)(*arguments), arguments[0])
 
-    def fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    def fake(*arguments: Any) -> Any:
         reference = importlib.import_module(f"kernels.{op}.reference")
         return as_tensors(getattr(reference, direction)(*arguments), arguments[0])
 
@@ -245,7 +251,7 @@ def _register(
 
     def call(*arguments: Any, **_: bool) -> tuple[Any, ...]:
         # Keywords say what the caller can do without; an op's outputs are always the same.
-        outputs: tuple[Any, ...] = operator(*arguments)
-        return outputs
+        outputs = operator(*arguments)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
     return call

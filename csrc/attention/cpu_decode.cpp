@@ -18,19 +18,6 @@ using kernels::attention::Heads;
 
 constexpr int kPart = 512;  // keys
 
-// The sums of kLanes vectors as the lanes of one.
-template <int kHalf, int... lane>
-SIMD_INLINE vf sums_of(vf* x, std::integer_sequence<int, lane...> lanes) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kHalf; i++) {
-    const vf a = x[i], b = x[i + kHalf];
-    x[i] = __builtin_shufflevector(a, b, (lane & kHalf ? kLanes + lane - kHalf : lane)...) +
-           __builtin_shufflevector(a, b, (lane & kHalf ? kLanes + lane : lane + kHalf)...);
-  }
-  if constexpr (kHalf > 1) return sums_of<kHalf / 2>(x, lanes);
-  return x[0];
-}
-
 template <class T>
 struct Rows {  // of a block of keys or values
   const T* data;
@@ -67,7 +54,7 @@ void products(const float* query, int dims, Rows<T> keys, int count, Rows<T> nex
         sum[r] += q * load_some(block + r * keys.stride + d, dims - d);
       }
     }
-    store(out + j, sums_of<kLanes / 2>(sum, std::make_integer_sequence<int, kLanes>()));
+    store(out + j, sums_of(sum));
   }
 }
 

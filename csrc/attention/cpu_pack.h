@@ -3,10 +3,9 @@
 // A step is one float, or with vdpbf16ps a pair of bfloat16.  Other 16-bit types are widened here,
 // once per block, and the float kernels do the rest.  `kPack` is the number of values in a step.
 #pragma once
-#include <utility>
-
 #include "attention/cpu.h"
 #include "common/cpu/simd.h"
+#include "common/cpu/transpose.h"
 
 namespace kernels::ISA::attention {
 
@@ -20,22 +19,6 @@ constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multip
 constexpr int packed_row(int columns) {
   const int padded = round_up(columns, 16);
   return padded % 128 == 0 ? padded + 16 : padded;
-}
-
-// kLanes x kLanes values across the diagonal, by log2(kLanes) rounds of two-source shuffles.
-template <int kHalf, int... lane>
-SIMD_INLINE void transpose_round(vf (&x)[kLanes], std::integer_sequence<int, lane...> lanes) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; i++) {
-    if (i & kHalf) continue;
-    const vf a = x[i], b = x[i + kHalf];
-    x[i] = __builtin_shufflevector(a, b, (lane & kHalf ? kLanes + lane - kHalf : lane)...);
-    x[i + kHalf] = __builtin_shufflevector(a, b, (lane & kHalf ? kLanes + lane : lane + kHalf)...);
-  }
-  if constexpr (kHalf > 1) transpose_round<kHalf / 2>(x, lanes);
-}
-SIMD_INLINE void transpose(vf (&x)[kLanes]) {
-  transpose_round<kLanes / 2>(x, std::make_integer_sequence<int, kLanes>());
 }
 
 // Up to kLanes values from x on, as floats; the lanes past `count` are 0.

@@ -237,11 +237,16 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(embed_dim, sum(self.heads) * self.head_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=bias)
 
-    def new_cache(self, batch: int, capacity: int) -> KeyValueCache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens."""
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype | None = None
+    ) -> KeyValueCache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens.
+
+        `dtype` is that of the keys: qkv.weight's where it is None.
+        """
         weight = self.qkv.weight
         heads, size = self.heads[1], self.head_dim
-        return KeyValueCache(batch, heads, capacity, size, weight.dtype, weight.device)
+        return KeyValueCache(batch, heads, capacity, size, dtype or weight.dtype, weight.device)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         # [B, T, (H + 2 Hkv) D] -> [B, H, T, D] and two of [B, Hkv, T, D]

@@ -18,6 +18,8 @@ RUN_OPTIONS = (
     *("validate_every", "validate_batches"),
 )
 
+QUANTIZATION_MODES = ("dynamic", "weight_only")
+
 MAX_THREADS = 1024  # OpenMP ends the process where it cannot start as many as it is told to
 
 
@@ -119,6 +121,26 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=natural, default=0, metavar="N", help="default: %(default)s")
     add("--layers", choices=LAYERS, default="fused", help="whose layers (default: %(default)s)")
     _add_device(parser)
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """The options of `quantize`."""
+    add = parser.add_argument
+    add("checkpoint", type=Path, help=f"a checkpoint, or a folder that holds {CHECKPOINT}")
+    add(
+        "--mode",
+        choices=QUANTIZATION_MODES,
+        default="dynamic",
+        help="dynamic: int8 products, activations quantised by row; weight_only: activations stay "
+        "as they are (default: %(default)s)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: *-int8.safetensors beside it",
+    )
+    add("--force", action="store_true", help="overwrite --out")
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:

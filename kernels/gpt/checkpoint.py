@@ -22,6 +22,7 @@ from kernels.gpt.files import replacing
 from kernels.gpt.layers import Layers
 from kernels.gpt.model import GPT
 from kernels.gpt.vocabulary import Vocabulary
+from kernels.int8_matmul import quantize_model_
 
 METADATA = "kernels.gpt"  # the key of the JSON text in the safetensors header
 
@@ -35,6 +36,7 @@ class Checkpoint:
     step: int  # steps done
     run: dict[str, Any]  # JSON values
     tensors: dict[str, torch.Tensor]
+    quantization: str | None = None  # the mode of quantize_model_, where the weights are int8
 
     def part(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors named `prefix`.*, without the prefix."""
@@ -48,6 +50,8 @@ class Checkpoint:
     def model(self, layers: Layers) -> GPT:
         """The model with the stored weights, on the CPU. Raises CommandError where they misfit."""
         model = GPT(self.config, layers)
+        if self.quantization is not None:
+            quantize_model_(model, self.quantization)
         try:
             model.load_state_dict(self.part("model"))
         except RuntimeError as error:
@@ -64,6 +68,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "step": checkpoint.step,
         "run": checkpoint.run,
     }
+    if checkpoint.quantization is not None:
+        metadata["quantization"] = checkpoint.quantization
     metadata["checksum"] = _checksum(metadata, tensors)
     with replacing(path) as temporary:
         try:
@@ -97,6 +103,7 @@ def load(path: Path) -> Checkpoint:
             metadata["step"],
             metadata["run"],
             tensors,
+            metadata.get("quantization"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CommandError(f"{path} is damaged: {error}") from error

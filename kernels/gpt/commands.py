@@ -1,4 +1,4 @@
-"""The commands `train`, `generate` and `demo` of ``python -m kernels``."""
+"""The commands `train`, `generate`, `quantize` and `demo` of ``python -m kernels``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from kernels.gpt.config import PRESETS, GPTConfig
 from kernels.gpt.demo import demo
 from kernels.gpt.generate import generate
 from kernels.gpt.layers import LAYERS
+from kernels.gpt.quantize import quantize, weight_bytes
 from kernels.gpt.train import CHECKPOINT, PLOT, Run, process_group, resume, start, train
 from kernels.gpt.trainer import TrainSettings
 
@@ -25,7 +26,7 @@ SIGINT_EXIT_CODE = 130
 
 
 def register(subparsers: Any) -> None:
-    """Adds the three commands to what ``argparse.ArgumentParser.add_subparsers()`` returned."""
+    """Adds the commands to what ``argparse.ArgumentParser.add_subparsers()`` returned."""
     parser = subparsers.add_parser(
         "train",
         help="train a GPT on a text",
@@ -44,6 +45,15 @@ def register(subparsers: Any) -> None:
     )
     arguments.add_generate(parser)
     parser.set_defaults(run=run_generate)
+
+    parser = subparsers.add_parser(
+        "quantize",
+        help="make a trained GPT's weights int8",
+        description="Make the weights of a trained GPT int8, a scale for each row, and write them "
+        "to a file of their own that `generate` reads.",
+    )
+    arguments.add_quantize(parser)
+    parser.set_defaults(run=run_quantize)
 
     parser = subparsers.add_parser(
         "demo",
@@ -84,8 +94,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 def run_generate(args: argparse.Namespace) -> int:
     """`generate`: prints the prompt and its continuation, each character as it comes."""
-    path = args.checkpoint / CHECKPOINT if args.checkpoint.is_dir() else args.checkpoint
-    stored = checkpoint.load(path)
+    stored = checkpoint.load(_checkpoint_path(args.checkpoint))
     _set_threads(args.threads)
     model = stored.model(LAYERS[args.layers]).to(_device(args.device))
     tokens = torch.from_numpy(stored.vocabulary.encode(args.prompt or "\n")).long()
@@ -99,6 +108,29 @@ def run_generate(args: argparse.Namespace) -> int:
         print(stored.vocabulary.decode([token]), end="", flush=True)
     print()
     return 0
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    """`quantize`: 0 when the file is written."""
+    source = _checkpoint_path(args.checkpoint)
+    target = args.out or source.with_name(f"{source.stem}-int8.safetensors")
+    stored = checkpoint.load(source)
+    if target.resolve() == source.resolve():
+        raise CommandError(f"--out is the checkpoint itself: {source}")
+    if target.exists() and not args.force:
+        raise CommandError(f"{target} exists; --force overwrites it")
+    smaller, converted = quantize(stored, args.mode)
+    checkpoint.save(target, smaller)
+    before, after = weight_bytes(stored), weight_bytes(smaller)
+    print(
+        f"{len(converted)} layers to int8, mode {args.mode}: {before:,} bytes of weights became "
+        f"{after:,} ({after / before:.1%})\nweights: {target}"
+    )
+    return 0
+
+
+def _checkpoint_path(path: Path) -> Path:
+    return path / CHECKPOINT if path.is_dir() else path
 
 
 def run_demo(args: argparse.Namespace) -> int:

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from kernels.attention import KeyValueCache
 from kernels.gpt.config import GPTConfig
 from kernels.gpt.layers import TORCH, Layers
+from kernels.int8_matmul import Int8Embedding
+from kernels.int8_matmul.linear import Int8Weight
 
 INIT_STD = 0.02
 
@@ -98,7 +100,10 @@ class GPT(nn.Module):
     def new_cache(self, batch: int) -> list[KeyValueCache]:
         """Empty caches, one a block, for up to block_size tokens of `batch` sequences."""
         attentions = (cast(Block, block).attention for block in self.blocks)
-        return [attention.new_cache(batch, self.config.block_size) for attention in attentions]
+        embedding: nn.Embedding | Int8Embedding = self.token_embedding
+        dtype = embedding.dtype if isinstance(embedding, Int8Embedding) else embedding.weight.dtype
+        size = self.config.block_size
+        return [attention.new_cache(batch, size, dtype) for attention in attentions]
 
     def forward(
         self,
@@ -123,11 +128,16 @@ class GPT(nn.Module):
         x = self.dropout(self.token_embedding(idx) + self.position_embedding(positions))
         for number, block in enumerate(self.blocks):
             x = block(x, cache[number] if cache else None)
-        head = self.token_embedding if self.config.tie_weights else self.head
+        head: nn.Module = self.token_embedding if self.config.tie_weights else self.head
         x = self.final_norm(x)
-        if targets is not None and not with_logits:
-            return None, self.linear_cross_entropy(x.flatten(0, 1), head.weight, targets.flatten())
-        logits = F.linear(x, head.weight)
+        if isinstance(head, Int8Weight):
+            logits = head.linear(x)
+        elif targets is not None and not with_logits:
+            weight = cast(torch.Tensor, head.weight)
+            return None, self.linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+        else:
+            logits = F.linear(x, cast(torch.Tensor, head.weight))
         if targets is None:
             return logits, None
-        return logits, self.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = self.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return (logits if with_logits else None), loss

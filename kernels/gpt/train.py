@@ -64,6 +64,8 @@ def resume(out: Path, device: torch.device, steps: int | None) -> tuple[Run, Tra
     Raises CommandError where the checkpoint is unusable, the text changed or nothing is left to do.
     """
     stored = checkpoint.load(out / CHECKPOINT)
+    if stored.quantization is not None:
+        raise CommandError(f"{out / CHECKPOINT} is quantised: it can be used, but not trained")
     try:
         run = Run.from_dict(stored.run)
         layers = LAYERS[run.layers]

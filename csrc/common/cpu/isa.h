@@ -6,6 +6,7 @@
 
 #include "attention/cpu.h"
 #include "cross_entropy/cpu.h"
+#include "int8_matmul/cpu.h"
 #include "layer_norm/cpu.h"
 
 namespace kernels {
@@ -16,6 +17,7 @@ struct InstructionSet {
   const layer_norm::CpuKernels* layer_norm;
   const attention::CpuKernels* attention;
   const cross_entropy::CpuKernels* cross_entropy;
+  const int8_matmul::CpuKernels* int8_matmul;
 };
 
 #if defined(__x86_64__)
@@ -31,8 +33,9 @@ inline bool has_avx512() {
 inline bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-#define KERNELS_OF(isa) \
-  &isa::layer_norm_kernels, &isa::attention_kernels, &isa::cross_entropy_kernels
+#define KERNELS_OF(isa)                                                           \
+  &isa::layer_norm_kernels, &isa::attention_kernels, &isa::cross_entropy_kernels, \
+      &isa::int8_matmul_kernels
 
 // Best first.
 inline constexpr InstructionSet kInstructionSets[] = {

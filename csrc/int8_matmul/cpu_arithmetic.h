@@ -1,0 +1,107 @@
+// The products of int8 matmul, by instruction set, on operands that are read in steps of 4 bytes.
+//
+// A step is one operand's values of kStep neighbouring columns of the sum's dimension K: four bytes
+// where the set has vpdpbusd, two int16 elsewhere, one float for weights alone.  One vector holds a
+// step of kLanes rows, or kLanes steps of one row; either way `multiply_add` adds every lane's
+// products to that lane's sum.
+#pragma once
+#include "common/cpu/exp.h"
+#include "common/cpu/simd.h"
+
+namespace kernels::ISA::int8_matmul {
+
+// Integers: exact for all values, -128 included, to the 32 bits of the sums.
+struct Integers {
+  using Sum = int32_t;
+  using Sums = vi;
+#if defined(__AVX512VNNI__)
+  // vpdpbusd takes unsigned times signed: activations lie in memory as q + 128, and 128 times the
+  // sum of the weights is taken off again.
+  static constexpr int kStep = 4, kOffset = 128;
+  using Value = uint8_t;
+  using Weight = int8_t;
+  SIMD_INLINE vi multiply_add(vi sum, vi x, vi w) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+  }
+#else
+  // vpmaddubsw, the instruction for bytes, would saturate; pmaddwd on int16 cannot.
+  static constexpr int kStep = 2, kOffset = 0;
+  using Value = int16_t;
+  using Weight = int16_t;
+  SIMD_INLINE vi multiply_add(vi sum, vi x, vi w) {
+#if defined(__AVX2__)
+    return sum + (vi)_mm256_madd_epi16((__m256i)x, (__m256i)w);
+#elif defined(__SSE2__)
+    return sum + (vi)_mm_madd_epi16((__m128i)x, (__m128i)w);
+#else
+    return sum + (x << 16 >> 16) * (w << 16 >> 16) + (x >> 16) * (w >> 16);
+#endif
+  }
+#endif
+};
+
+struct Floats {
+  using Sum = float;
+  using Sums = vf;
+  static constexpr int kStep = 1, kOffset = 0;
+  using Value = float;
+  using Weight = float;
+  SIMD_INLINE vf multiply_add(vf sum, vf x, vf w) { return sum + x * w; }
+};
+
+template <class A>
+constexpr int kValues = kLanes * A::kStep;  // in a vector
+
+template <class Vector>
+SIMD_INLINE Vector load_vector(const void* p) {
+  Vector x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class Vector>
+SIMD_INLINE void store_vector(void* p, Vector x) {
+  memcpy(p, &x, sizeof x);
+}
+
+// The step at p in every lane.
+SIMD_INLINE vi broadcast_step(const void* p, vi) {
+  int32_t step;
+  memcpy(&step, p, sizeof step);
+  return set1(step);
+}
+SIMD_INLINE vf broadcast_step(const void* p, vf) {
+  float step;
+  memcpy(&step, p, sizeof step);
+  return set1(step);
+}
+
+// kValues neighbouring weights of one row.
+template <class A>
+SIMD_INLINE typename A::Sums load_weights(const int8_t* p) {
+  if constexpr (sizeof(typename A::Weight) == sizeof(float)) {
+    return load(p);
+  } else if constexpr (sizeof(typename A::Weight) == 1) {
+    return load_vector<vi>(p);
+  } else {
+#if defined(__AVX2__)
+    return (vi)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__SSE2__)
+    const __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
+    return (vi)_mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
+#else
+    int16_t wide[kValues<A>];
+    for (int i = 0; i < kValues<A>; i++) wide[i] = p[i];
+    return load_vector<vi>(wide);
+#endif
+  }
+}
+
+// The first n < kValues of them, the others 0.
+template <class A>
+SIMD_INLINE typename A::Sums load_some_weights(const int8_t* p, int64_t n) {
+  int8_t some[kValues<A>] = {};
+  memcpy(some, p, size_t(n));
+  return load_weights<A>(some);
+}
+
+}  // namespace kernels::ISA::int8_matmul

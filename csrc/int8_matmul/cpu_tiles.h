@@ -1,0 +1,107 @@
+// The two inner loops of int8 matmul: panels of x against rows of weights, and dot products.
+//
+// With many rows of x, kLanes of them lie side by side in a group, [step][row], and a vector holds
+// one step of each; a step of the weights is read where it lies and broadcast.  So the weights are
+// never rearranged, and no sum is spread over the lanes of a vector: kTileRows rows of weights
+// against up to kVectors groups are all the registers.  With few rows of x the lanes go along K,
+// the weights stream through once, and the lanes are added up at the end.
+#pragma once
+#include "common/cpu/transpose.h"
+#include "int8_matmul/cpu_arithmetic.h"
+
+namespace kernels::ISA::int8_matmul {
+
+constexpr int kTileRows = 6;                    // of weights
+constexpr int kVectors = kLanes == 16 ? 4 : 2;  // groups of rows of x
+constexpr int kPanelRows = kVectors * kLanes;   // of x
+constexpr int kBlock = 96;                      // rows of weights in a block
+
+// Rows of weights in steps: bytes from one row and from one step to the next.
+struct Steps {
+  const char* data;
+  int64_t row, step;
+  int rows;
+  int64_t count;  // whole steps
+  int rest;       // weights in a last, incomplete one
+};
+
+// sums [kTileRows][kPanelRows] (+)= weights [kTileRows, K] * x [K, kUsed groups]; `start` is what
+// sums begin with.  Rows past the last one repeat it.
+template <class A, int kUsed>
+void multiply_tile(const typename A::Value* x, int64_t group, const Steps& w, int first_row,
+                   const typename A::Sum* start, bool add, typename A::Sum* sums) {
+  using Sums = typename A::Sums;
+  Sums sum[kTileRows][kUsed];
+  int64_t row[kTileRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; r++) {
+    row[r] = (first_row + r < w.rows ? first_row + r : w.rows - 1) * w.row;
+#pragma GCC unroll 4
+    for (int v = 0; v < kUsed; v++) {
+      const Sums begin = set1(start[r]);
+      sum[r][v] = add ? load_vector<Sums>(sums + r * kPanelRows + v * kLanes) + begin : begin;
+    }
+  }
+  auto add_step = [&](const typename A::Value* xs, const char* weights, auto broadcast) {
+    Sums steps[kUsed];
+#pragma GCC unroll 4
+    for (int v = 0; v < kUsed; v++) steps[v] = load_vector<Sums>(xs + v * group);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; r++) {
+      const Sums weight = broadcast(weights + row[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kUsed; v++) sum[r][v] = A::multiply_add(sum[r][v], steps[v], weight);
+    }
+  };
+  const char* weights = w.data;
+  for (int64_t s = 0; s < w.count; s++) {
+    add_step(x, weights, [](const char* p) { return broadcast_step(p, Sums{}); });
+    x += kValues<A>;
+    weights += w.step;
+  }
+  if (w.rest) {
+    add_step(x, weights, [&](const char* p) {
+      char step[4] = {};
+      memcpy(step, p, size_t(w.rest));
+      return broadcast_step(step, Sums{});
+    });
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kUsed; v++) {
+      store_vector(sums + r * kPanelRows + v * kLanes, sum[r][v]);
+    }
+  }
+}
+
+// Products of kRows rows of x, x_row apart and padded with zeros, with kLanes / kRows rows of
+// weights; that of row r and weights c is lane r * (kLanes / kRows) + c.
+template <class A, int kRows>
+typename A::Sums dot_tile(const typename A::Value* x, int64_t x_row,
+                          const int8_t* const (&weights)[kLanes / kRows], int64_t depth) {
+  constexpr int kCols = kLanes / kRows;
+  using Sums = typename A::Sums;
+  Sums sum[kLanes] = {};
+  auto add = [&](int64_t k, auto load_from) {
+    Sums w[kCols];
+#pragma GCC unroll 16
+    for (int c = 0; c < kCols; c++) w[c] = load_from(weights[c] + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) {
+      const Sums values = load_vector<Sums>(x + r * x_row + k);
+#pragma GCC unroll 16
+      for (int c = 0; c < kCols; c++) {
+        sum[r * kCols + c] = A::multiply_add(sum[r * kCols + c], values, w[c]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + kValues<A> <= depth; k += kValues<A>) {
+    add(k, [](const int8_t* p) { return load_weights<A>(p); });
+  }
+  if (k < depth) add(k, [&](const int8_t* p) { return load_some_weights<A>(p, depth - k); });
+  return sums_of(sum);
+}
+
+}  // namespace kernels::ISA::int8_matmul
