@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import _triton
 from kernels.int8_matmul import triton_plan
-from kernels.int8_matmul.triton_product import _combine_kernel, _product_kernel
+from kernels.int8_matmul.triton_product import combine_kernel, product_kernel
 from kernels.int8_matmul.triton_rows import quantize_rows
 
 __all__ = ["backward", "forward", "unsupported"]
@@ -31,10 +31,16 @@ def unsupported(
 ) -> str | None:
     """None where these kernels accept the call, else one sentence saying why not."""
     accepted = (torch.int8,) if mode in ("int8", "raw") else _triton.DTYPES
-    reason = _triton.unsupported(_product_kernel, x, bias, dtypes=accepted)
-    if reason is None and out_dtype == torch.bfloat16 and _triton.interpreted(_product_kernel):
+    reason = _triton.unsupported(product_kernel, x, bias, dtypes=accepted)
+    if reason is not None or mode == "raw":
+        return reason
+    if bias is not None and bias.dtype not in _triton.DTYPES:
+        return f"bias is {bias.dtype}, not one of float32, bfloat16, float16"
+    if out_dtype not in _triton.DTYPES:
+        return f"out_dtype {out_dtype} is not one of float32, bfloat16, float16"
+    if out_dtype == torch.bfloat16 and _triton.interpreted(product_kernel):
         return "Triton's interpreter rounds bfloat16 wrongly"
-    return reason
+    return None
 
 
 def forward(
@@ -65,7 +71,7 @@ def forward(
         if shared:
             sums = torch.float32 if x.is_floating_point() else torch.int32
             out = torch.empty(plan.parts, rows, cols, dtype=sums, device=x.device)
-        _product_kernel[(plan.tiles, plan.parts)](
+        product_kernel[(plan.tiles, plan.parts)](
             x,
             weight,
             *((None,) * 3 if shared else after),
@@ -82,13 +88,13 @@ def forward(
             ALONG_K=layout.along_k,
             WHOLE_K=depth % plan.tile["BLOCK_K"] == 0,
             WHOLE_N=cols % plan.tile["BLOCK_N"] == 0,
-            SPLIT=x.dtype == torch.float32 and not _triton.interpreted(_product_kernel),
+            SPLIT=x.dtype == torch.float32 and not _triton.interpreted(product_kernel),
             ACTIVATION="none" if shared else activation,
             **plan.tile,
             **_triton.LAUNCH,
         )
         if shared:
-            _combine_kernel[(rows, triton.cdiv(cols, triton_plan.COMBINE_BLOCK))](
+            combine_kernel[(rows, triton.cdiv(cols, triton_plan.COMBINE_BLOCK))](
                 out,
                 *after,
                 y,

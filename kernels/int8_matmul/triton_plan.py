@@ -32,7 +32,7 @@ SMALL_HALF = (
     (0, 16, 64, 128, 4, 4), (0, 16, 32, 128, 4, 4),
 )  # fmt: skip
 SMALL_SINGLE = ((0, 64, 128, 32, 4, 3), (0, 16, 64, 64, 4, 4), (0, 16, 32, 128, 4, 3))
-TILES = {
+TILES: dict[str, dict[int, tuple[tuple[int, ...], ...]]] = {
     "sm_80": {
         1: ((1, 128, 256, 64, 8, 3), (0, 128, 128, 128, 8, 3), *SMALL),
         2: ((0, 128, 128, 64, 8, 3), *SMALL_HALF),
@@ -60,7 +60,7 @@ TILES = {
             (0, 16, 64, 128, 4, 2), (0, 16, 32, 128, 4, 2)),
         4: ((0, 128, 64, 32, 8, 2), (0, 64, 64, 32, 4, 2), (0, 16, 64, 64, 4, 2)),
     },
-    "interpreter": {size: ((0, 32, 32, 32, 4, 1), (0, 16, 32, 32, 4, 1)) for size in (1, 2, 4)},
+    "interpreter": dict.fromkeys((1, 2, 4), ((0, 32, 32, 32, 4, 1), (0, 16, 32, 32, 4, 1))),
 }  # fmt: skip
 NAMES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 # Loads of single elements take an address each: more of them would not fit the registers.

@@ -79,7 +79,7 @@ def _tile_of(rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _product_kernel(
+def product_kernel(
     a_ptr,  # [rows, depth] int8 or floats
     b_ptr,  # [cols, depth] int8
     a_scale_ptr,  # float32 [rows] or [1], or None
@@ -155,7 +155,7 @@ def _product_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "stride_as", "stride_bs", "parts"])
-def _combine_kernel(
+def combine_kernel(
     sums_ptr,  # [parts, rows, cols] int32 or float32
     a_scale_ptr,
     b_scale_ptr,

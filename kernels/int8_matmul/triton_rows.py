@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels import _triton
 
-VECTOR = 8  # elements that threads load at a time
+VECTOR = 16  # bytes of x that a thread loads at a time
 RESIDENT_COLS = 16384  # longer rows do not fit the registers of one program
 NORMALIZED_COLS = 8192  # weight and bias are held, too
 LONG_BLOCK_N, LONG_WARPS = 4096, 16  # 8 elements per thread and sweep step
@@ -204,9 +204,7 @@ def _long_rows_kernel(
         inverse, scale, counts = _factors(top, static_scale_ptr, STATIC)
         for block in range(0, cols, BLOCK_N):
             offs_n = block + tl.arange(0, BLOCK_N)
-            x = _prepared_block(
-                row_ptr, weight_ptr, bias_ptr, offs_n, cols, mean, rstd, NORMALIZED
-            )
+            x = _prepared_block(row_ptr, weight_ptr, bias_ptr, offs_n, cols, mean, rstd, NORMALIZED)
             q = _quantized(x, inverse, counts, STATIC)
             tl.store(values_ptr + row * stride_values * VEC + offs_n, q, mask=offs_n < cols)
         tl.store(scale_ptr + row + tl.arange(0, 1), scale)
@@ -233,7 +231,7 @@ def quantize_rows(
     if rows == 0 or cols == 0:
         return values, scale.fill_(1.0)
     stride = x.stride(0) if rows > 1 else 0
-    vec = math.gcd(VECTOR, cols, stride, width)
+    vec = math.gcd(VECTOR // x.element_size(), cols, stride, width)
     limit = NORMALIZED_COLS if normalized else RESIDENT_COLS
     tensors = x, weight, bias, static_scale, values, scale
     numbers = rows, cols // vec, stride // vec, width // vec, eps
