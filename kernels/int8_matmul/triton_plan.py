@@ -81,7 +81,11 @@ class Layout:
     vec_n: int
     stride_a: int  # in units of vec_k
     stride_b: int  # in units of the vector of the dimension that is contiguous
-    narrow: bool
+    narrow: bool  # see NARROW
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % VECTOR == 0
 
 
 def layout(a: Tensor, weight: Tensor) -> Layout:
@@ -89,7 +93,7 @@ def layout(a: Tensor, weight: Tensor) -> Layout:
     (rows, depth), cols = a.shape, weight.shape[0]
     along_k = weight.stride(1) == 1
     stride_a = a.stride(0) if rows > 1 else 0
-    vec_a = math.gcd(VECTOR // a.element_size(), depth, stride_a, a.data_ptr())
+    vec_a = math.gcd(VECTOR // a.element_size(), depth, stride_a)
     if along_k:
         stride_b = weight.stride(0) if cols > 1 else 0
         vec_k = vec_b = math.gcd(VECTOR, depth, stride_b, stride_a)
@@ -98,14 +102,10 @@ def layout(a: Tensor, weight: Tensor) -> Layout:
         stride_b = weight.stride(1) if depth > 1 else 0
         vec_k = math.gcd(VECTOR, depth, stride_a)
         vec_n = vec_b = math.gcd(VECTOR, cols, stride_b)
-    return Layout(
-        along_k,
-        vec_k,
-        vec_n,
-        stride_a // vec_k,
-        stride_b // vec_b,
-        vec_a * a.element_size() < NARROW or math.gcd(vec_b, weight.data_ptr()) < NARROW,
-    )
+    narrow = min(vec_a * a.element_size(), vec_b) < NARROW
+    # Triton looks no further where a tensor does not start on a boundary of 16 bytes.
+    narrow = narrow or not is_aligned(a) or not is_aligned(weight)
+    return Layout(along_k, vec_k, vec_n, stride_a // vec_k, stride_b // vec_b, narrow)
 
 
 def padded_width(rows: int, depth: int) -> int:
@@ -117,7 +117,8 @@ def padded_width(rows: int, depth: int) -> int:
 
 def _padded(matrix: Tensor, width: int) -> Tensor:
     """[n, width], rows of whole vectors, with zeros after what `matrix` has."""
-    if matrix.shape[1] == width and matrix.stride(1) == 1 and matrix.stride(0) % VECTOR == 0:
+    is_whole = matrix.shape[1] == width and matrix.stride(0) % VECTOR == 0
+    if is_whole and matrix.stride(1) == 1 and is_aligned(matrix):
         return matrix
     copy = matrix.new_zeros(matrix.shape[0], width)
     copy[:, : matrix.shape[1]] = matrix

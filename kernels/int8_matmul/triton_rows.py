@@ -232,6 +232,7 @@ def quantize_rows(
         return values, scale.fill_(1.0)
     stride = x.stride(0) if rows > 1 else 0
     vec = math.gcd(VECTOR // x.element_size(), cols, stride, width)
+    vec = 1 if x.data_ptr() % VECTOR else vec  # Triton looks no further either
     limit = NORMALIZED_COLS if normalized else RESIDENT_COLS
     tensors = x, weight, bias, static_scale, values, scale
     numbers = rows, cols // vec, stride // vec, width // vec, eps
