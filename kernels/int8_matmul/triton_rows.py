@@ -18,7 +18,7 @@ from kernels import _triton
 VECTOR = 16  # bytes of x that a thread loads at a time
 RESIDENT_COLS = 16384  # longer rows do not fit the registers of one program
 NORMALIZED_COLS = 8192  # weight and bias are held, too
-LONG_BLOCK_N, LONG_WARPS = 4096, 16  # 8 elements per thread and sweep step
+LONG_BLOCK_N, LONG_WARPS = 2048, 8  # 8 elements per thread and sweep step
 
 # (largest cols, BLOCK_M, num_warps): 32 elements of x per thread.
 TILES = (

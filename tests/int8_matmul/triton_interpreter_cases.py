@@ -36,7 +36,7 @@ def test_products(options):
         check(backend, *size, options)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (9, 7), (70, 64), (3, 1000), (2, 16500)])
+@pytest.mark.parametrize("shape", [(1, 1), (9, 7), (70, 64), (3, 1000), (1, 16500)])
 def test_rows(shape):
     for dtype in (FP32, FP16):
         x = (torch.randn(shape) * 3).to(dtype)

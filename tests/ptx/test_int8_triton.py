@@ -8,7 +8,9 @@ running cheap; those that are shipped run under `-m sweep`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,11 +18,12 @@ import torch
 import ptx
 from ptx import counters
 from tests.ptx.conftest import SCHEDULES
-from tests.ptx.int8_cases import FLOATS, Options, check, check_call, check_rows
+from tests.ptx.int8_cases import ACTIVATIONS, FLOATS, Options, check, check_call, check_rows
 
 pytest.importorskip("triton")
 from kernels.int8_matmul import triton as backend
 from kernels.int8_matmul import triton_plan as plan
+from kernels.int8_matmul import triton_rows
 from kernels.int8_matmul.rows import triton as rows_backend
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -100,7 +103,7 @@ PARTED = [(1, 17, 516), (16, 33, 132), (3, 1, 1028)]
     [
         Options("raw"),
         Options("int8", bias=BF16, out_dtype=FP16, activation="gelu"),
-        Options("weight_only", FP32, activation="relu"),
+        Options("weight_only", FP16, activation="relu"),
     ],
     ids=str,
 )
@@ -135,17 +138,15 @@ def test_narrow_rows(small_tiles, n_contiguous):
     assert run("sm_80", ODD, options) == {"product_kernel"}
 
 
-def test_narrow_rows_are_copied():
-    """Into the kernel of rows of whole vectors; K of 1 to 33 become 16, 32 and 48."""
-    for mode in ("int8", "dynamic", "weight_only"):
-        for k in (1, 17, 33):
-            options = Options(mode, BF16, n_contiguous=k == 17, gap=1)
-            with ptx.run("sm_80", multiprocessors=1) as session:
-                x = check(backend, 20, 9, k, options)
-                assert plan.padded_width(*x.shape) == -(-k // 16) * 16
-            product = session.launches[-1]
-            wide = [s for s in product.sites if s["space"] == "global" and s["access"] == "read"]
-            assert max(site["bytes_per_lane"] for site in wide) == 16
+@pytest.mark.parametrize(("mode", "k"), [("int8", 1), ("int8", 17), ("dynamic", 33)])
+def test_narrow_rows_are_copied(mode, k):
+    """Into the kernel of rows of whole vectors: K becomes 16, 32 and 48."""
+    options = Options(mode, BF16, n_contiguous=k == 17, gap=1)
+    with ptx.run("sm_80", multiprocessors=1) as session:
+        x = check(backend, 20, 9, k, options)
+    assert plan.padded_width(*x.shape) == -(-k // 16) * 16
+    sites = [s for s in session.launches[-1].sites if s["space"] == "global"]
+    assert max(site["bytes_per_lane"] for site in sites if site["access"] == "read") == 16
 
 
 def test_a_weight_by_columns_is_transposed_for_many_rows(small_tiles, monkeypatch):
@@ -186,11 +187,10 @@ def test_what_is_not_finite_stays_in_its_row(small_tiles):
     weight = torch.randint(-128, 128, (17, 36), dtype=torch.int8)
     scale, bias = torch.rand(17) + 0.5, torch.randn(17)
     for mode, x_scale in (("dynamic", None), ("static", torch.tensor([0.02]))):
-        for dtype in (FP32, BF16):
-            given = x.to(dtype), weight, x_scale, scale, bias, "relu", mode, FP32
-            with ptx.run("sm_80", multiprocessors=1):
-                y = check_call(backend, given)
-            assert y.isnan().all(1).tolist() == [False, True, True, True, False, False]
+        given = x.bfloat16(), weight, x_scale, scale, bias, "relu", mode, FP32
+        with ptx.run("sm_80", multiprocessors=1):
+            y = check_call(backend, given)
+        assert y.isnan().all(1).tolist() == [False, True, True, True, False, False]
 
 
 def test_float32_infinities_are_what_torch_makes_of_them(small_tiles):
@@ -200,71 +200,64 @@ def test_float32_infinities_are_what_torch_makes_of_them(small_tiles):
     x[2, 7] = torch.tensor([0x7F800001], dtype=torch.int32).view(torch.float32)[0]
     x[3] *= 1e36
     weight = torch.randint(1, 9, (17, 36), dtype=torch.int8)
+    given = x, weight, None, torch.ones(17), torch.randn(17), "none", "weight_only", FP32
     with ptx.run("sm_80", multiprocessors=1):
-        check_call(backend, (x, weight, None, torch.ones(17), None, "none", "weight_only", FP32))
+        check_call(backend, given)
 
 
 # ---- rows as int8
 
-ROWS = [
-    ("sm_80", FP32, (70, 16)),
-    ("sm_90a", BF16, (9, 77)),
-    ("sm_80", FP16, (33, 104)),
-    ("sm_90a", FP32, (3, 1000)),
-]
-
 
 def edged(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of all sizes, of ties, of zeros, and those that are not finite."""
+    """Rows of zeros, of ties, of what is not finite, and around the smallest that are not zeros."""
     x = (torch.randn(rows, cols) * 3).to(dtype)
     x[0] = 0
     x[1] = torch.arange(cols) % 255 - 127
     x[1, -1] = 254  # scale 2: every odd number is a tie
-    if rows > 6:
-        x[2, -1], x[3, 0], x[4, cols // 2] = torch.nan, torch.inf, -torch.inf
-        if dtype != FP16:
-            for row, largest in ((5, 2.0**-120), (6, 2.0**-121)):
-                x[row] *= 2.0**-124
-                x[row, 0] = largest
+    x[2, -1], x[3, 0], x[4, cols // 2] = torch.nan, torch.inf, -torch.inf
+    if dtype != FP16:
+        for row, largest in ((5, 2.0**-120), (6, 2.0**-121)):
+            x[row] *= 2.0**-124
+            x[row, 0] = largest
     return x
 
 
-@pytest.mark.parametrize(("arch", "dtype", "shape"), ROWS, ids=str)
-def test_rows(arch, dtype, shape):
-    rows, cols = shape
-    weight, bias = torch.randn(cols).to(dtype), torch.randn(cols).to(dtype)
-    for turn, parameters in enumerate(((None, None), (weight, bias))):
-        with ptx.run(arch, schedule=SCHEDULES[turn], multiprocessors=1) as session:
-            check_rows(rows_backend, edged(*shape, dtype))
-            x = torch.randn(shape).to(dtype) * 2 + 3
-            check_rows(rows_backend, x, *parameters, normalized=True)
-        assert {launch.name for launch in session.launches} == {"_rows_kernel"}
+def run_rows(
+    arch: str, rows: int, cols: int, dtype: torch.dtype, normalized: bool, turn: int
+) -> None:
+    """As they are, or normalised with weight and bias."""
+    with ptx.run(arch, schedule=SCHEDULES[turn % 3], seed=turn, multiprocessors=1) as session:
+        if normalized:
+            weight, bias = torch.randn(cols).to(dtype), torch.randn(cols).to(dtype)
+            x = torch.randn(rows, cols).to(dtype) * 2 + 3
+            check_rows(rows_backend, x, weight, bias, normalized=True)
+        else:
+            check_rows(rows_backend, edged(rows, cols, dtype))
+    assert not any(launch.reports for launch in session.launches)
+    long = "_long" if cols > 16384 else ""
+    assert {launch.name for launch in session.launches} == {f"{long}_rows_kernel"}
 
 
-def test_long_rows():
-    for cols, parameters in ((16400, (None, None)), (17000, (torch.randn(17000),) * 2)):
-        with ptx.run("sm_80", schedule="reverse", multiprocessors=1) as session:
-            check_rows(rows_backend, edged(7, cols, BF16))
-            x = torch.randn(2, cols).bfloat16() + 3
-            check_rows(rows_backend, x, *parameters, normalized=True)
-        assert {launch.name for launch in session.launches} == {"_long_rows_kernel"}
+@pytest.mark.parametrize(
+    ("arch", "lengths", "dtype", "normalized"),
+    [
+        ("sm_80", (772, 1020, 516), FP32, False),
+        ("sm_90a", (77, 127, 65), BF16, True),
+        ("sm_90a", (16400, 17008, 20464), FP16, False),
+        ("sm_80", (16400, 17008), BF16, True),
+    ],
+)
+def test_rows(arch, lengths, dtype, normalized):
+    for turn, cols in enumerate(lengths):
+        run_rows(arch, 7 + turn, cols, dtype, normalized, turn)
 
 
-def test_rows_with_gaps():
-    wide = torch.randn(9, 120)
-    with ptx.run("sm_80", bounds="view", multiprocessors=1):
-        check_rows(rows_backend, wide[:, :104])
-        check_rows(rows_backend, wide[:, 3:80])
-
-
-# ---- what is moved
-
-
-def test_rows_move_once():
-    for dtype, cols in ((BF16, 1024), (FP32, 768)):
-        with ptx.run("sm_80", multiprocessors=4) as session:
-            rows_backend.forward(torch.randn(64, cols).to(dtype), True, None, None, 1e-5)
-        assert counters.moved_over_least(session.launches) <= 1.01
+def test_rows_with_gaps_move_once():
+    """In the kernel of float32 above."""
+    wide = torch.randn(64, 776)
+    with ptx.run("sm_80", bounds="view", multiprocessors=4) as session:
+        check_rows(rows_backend, wide[:, :768])
+    assert counters.moved_over_least(session.launches) <= 1.01
 
 
 def test_few_rows_read_the_weight_once():
@@ -279,3 +272,56 @@ def test_few_rows_read_the_weight_once():
     reads = [s for s in product.sites if s["space"] == "global" and s["access"] == "read"]
     assert all(site["bytes_per_lane"] == 16 for site in reads)
     assert product.counts["shared_wavefronts"] == product.counts["shared_ideal_wavefronts"]
+
+
+# ---- everything, everywhere
+
+SHIPPED = [
+    (arch, size, row) for arch in ARCHS for size in (1, 2, 4) for row in plan.TILES[arch[:5]][size]
+]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("arch", "size", "row"), SHIPPED, ids=str)
+def test_shipped_tiles(monkeypatch, arch, size, row, schedule):
+    monkeypatch.setitem(plan.TILES, arch[:5], {size: (row,)})
+    mode, dtype = ("int8", BF16) if size == 1 else ("weight_only", BF16 if size == 2 else FP32)
+    options = Options(mode, dtype, bias=FP16, activation="none" if row[0] else "gelu_tanh")
+    k = 5 * row[3] + (0 if row[0] else 36)
+    for by_columns in (False, True):
+        with ptx.run(arch, schedule=schedule, multiprocessors=1) as session:
+            check(
+                backend, row[1] + 3, 2 * row[2] + 16, k, replace(options, n_contiguous=by_columns)
+            )
+        assert not any(launch.reports for launch in session.launches)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group_everywhere(small_tiles, arch, group):
+    _, sizes, options = GROUPS[group]
+    for dtype, activation in itertools.product(FLOATS, ACTIVATIONS if options.bias else ["none"]):
+        changed = {"activation": activation} if options.mode != "raw" else {}
+        run(arch, sizes, replace(options, dtype=dtype, **changed))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("mode", ["dynamic", "static", "int8"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_residue(small_tiles, mode, dtype):
+    """Of K mod the block, and of M and N mod the tile, with it."""
+    for k in range(1, 65):
+        sizes = [(k % 17 + 1, k % 33 + 1, k), (k, 64 - k + 1, 64 + k)]
+        run("sm_80", sizes, Options(mode, dtype, dtype, bias=dtype, n_contiguous=k % 3 == 0))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rows_around_every_switch(dtype, arch, normalized):
+    for turn, (last, *_) in enumerate(triton_rows.TILES):
+        for cols in (last, last - 1, last // 2 + 1):
+            run_rows(arch, 70 if cols < 300 else 9, cols, dtype, normalized, turn)
