@@ -171,6 +171,7 @@ def test_gradients_go_through_it(made):
     assert dx.abs().amin(-1).gt(0).all()
 
 
+@pytest.mark.parametrize("made", ["static", "groups", "outliers"], indirect=True)
 def test_compiled(made):
     torch._dynamo.reset()
     got = torch.compile(made, fullgraph=True, backend="aot_eager")(X)
