@@ -108,6 +108,8 @@ def test_modes(implementation, m, n, k, dtype, mode):
     bias = torch.randn(n).to(dtype)
     x_scale = torch.tensor([0.02]) if mode == "static" else None  # clamps what exceeds 2.5
     got = int8_linear(x, weight, bias, mode, x_scale=x_scale)
+    if mode == "static":
+        assert torch.equal(int8_linear(x, weight, bias, mode, x_scale=0.02), got)
     assert got.dtype == dtype
     check(got, x, weight.values, weight.scale[:, 0], bias, None, mode, x_scale)
 
