@@ -188,7 +188,8 @@ class Blocks {
     }
   }
 
-  void multiply_singles(const Columns& columns) {
+  // The products of single rows with weights whose rows run along K.
+  void multiply_along_rows(const Columns& columns) {
     const int64_t rows = x_.singles + (A::kOffset ? 1 : 0), by_four = rows / 4 * 4;
     for (int column = 0; column < columns.count; column += kLanes) {
       for (int c = column; c < column + kLanes; c += kLanes / 4) {
@@ -203,6 +204,53 @@ class Blocks {
       }
       if (row < rows) dot_rows<1>(columns, column, row);
     }
+  }
+
+  // Rows of x from `row` on with kAtOnce vectors of the columns from `column` on; w holds the
+  // weights of piece k as [step][column].
+  template <int kRows, int kAtOnce>
+  void add_products(const Steps& w, int column, int64_t row, int64_t k) {
+    Sums sum[kRows][kAtOnce] = {};
+    const Value* x = x_.single + row * x_.length + k;
+    for (int64_t s = 0; s < w.count; s++) {
+      Sums weight[kAtOnce];
+#pragma GCC unroll 3
+      for (int v = 0; v < kAtOnce; v++) {
+        weight[v] = load_vector<Sums>(w.data + s * w.step + (column + v * kLanes) * 4);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; r++) {
+        const Sums value = broadcast_step(x + r * x_.length + s * A::kStep, Sums{});
+#pragma GCC unroll 3
+        for (int v = 0; v < kAtOnce; v++) {
+          sum[r][v] = A::multiply_add(sum[r][v], value, weight[v]);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; r++) {
+      for (int v = 0; v < kAtOnce; v++) {
+        Sum* to = sums_ + (row + r) * kBlock + column + v * kLanes;
+        store_vector(to, k ? load_vector<Sums>(to) + sum[r][v] : sum[r][v]);
+      }
+    }
+  }
+
+  // The same where columns lie side by side: the lanes go along them.
+  void multiply_along_columns(const Columns& columns) {
+    constexpr int kAtOnce = 3;  // vectors of columns; a block is a multiple of them
+    const int64_t rows = x_.singles + (A::kOffset ? 1 : 0);
+    for (int64_t k = 0; k < call_.depth; k += kPiece) {
+      const Steps w = steps(columns, k, least(call_.depth - k, kPiece));
+      for (int column = 0; column < columns.count; column += kAtOnce * kLanes) {
+        int64_t row = 0;
+        for (; row + 4 <= rows; row += 4) add_products<4, kAtOnce>(w, column, row, k);
+        for (; row < rows; row++) add_products<1, kAtOnce>(w, column, row, k);
+      }
+    }
+  }
+
+  void multiply_singles(const Columns& columns) {
+    call_.weight_column == 1 ? multiply_along_rows(columns) : multiply_along_columns(columns);
     x_.by_bytes ? write_rows_of_bytes(columns) : write_singles(columns);
   }
 
