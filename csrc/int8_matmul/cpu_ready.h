@@ -37,7 +37,7 @@ struct Ready {
     if (by_bytes) {
       singles = 4 * rows;
     } else if (c.weight_column != 1) {
-      singles = 0;
+      singles = rows <= kLanes / 2 ? rows : 0;
     } else if (rows <= A::kMostSingles) {
       singles = rows;
     } else {
