@@ -15,10 +15,10 @@ from tests.machine_code import REGISTERS, Usage, targets, usages
 # Kernel -> its instances, and the threads that are to be resident on a multiprocessor.
 KERNELS = {
     "gemm_kernel": (2, 128 * 2),
-    "float_gemm_kernel": (3, 128 * 3),
+    "weight_only_kernel": (3, 128 * 3),
     "add_parts_kernel": (2, 128 * 8),
     "gemv_kernel": (2, 256 * 3),
-    "quantize_rows_kernel": (6, 512),
+    "quantize_rows_kernel": (9, 640),
     "transpose_kernel": (1, 256 * 4),
     "realign_kernel": (1, 256 * 4),
 }
