@@ -89,11 +89,26 @@ def test_few_rows(arch, dtype):
     """1 to 8 rows, columns that fill no warp, depths around 16 bytes, steps and slices."""
     depths = (1, 5, 15, 16, 17, 31, 100, 496, 511, 512, 513, 530, 1023, 1024, 1040, 1111)
     sizes = [(1 + turn % 8, 1 + turn % 5, k) for turn, k in enumerate(depths)]
-    # Slices: of 32768 bytes of int8, of 8192 numbers of fp32. Two rows of 8 KiB are not fused.
+    # Slices: of 32768 bytes of int8, of 8192 numbers of fp32.
     sizes += [(8, 17, 1090), (8, 3, 4128), (8, 2, 4111), (2, 3, 4100), (8, 20, 1090)]
     names = run(arch, dtype, sizes)
     names |= run(arch, dtype, sizes[::-1], MODES[2:])
     assert names == {"gemv_kernel", "transpose_kernel", "quantize_rows_kernel"}
+
+
+@on_every_pair(FIRST)
+def test_one_launch_quantises_and_multiplies_where_that_reads_little(arch, dtype):
+    """Every block reads x twice: half the weight at most, and 16 KiB."""
+    row = 4 // dtype.itemsize  # rows of 4 bytes a column
+    for turn, (m, n, k) in enumerate([(row, 64, 70), (row, 128, 1050), (1, 100, 3001)]):
+        for mode in ("dynamic", "static"):
+            with ptx.run(arch, schedule=SCHEDULES[turn], multiprocessors=1) as session:
+                check(cuda, m, n, k, replace(VARIANTS[turn], mode=mode, dtype=dtype))
+            assert "quantize_rows_kernel" not in kernels_of(session)
+    for m, n, k in ((row + 1, 64, 70), (row, 60, 70), (1, 100, 8200)):
+        with ptx.run(arch, multiprocessors=1) as session:
+            check(cuda, m, n, k, Options(mode="dynamic", dtype=dtype))
+        assert "quantize_rows_kernel" in kernels_of(session)
 
 
 @on_every_pair(FIRST, SECOND)
