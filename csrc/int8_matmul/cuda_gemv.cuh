@@ -164,7 +164,7 @@ __device__ __forceinline__ void add_products(const GemvArgs& a, const float* x,
 // What a lane has of kGemvSteps steps of the weight.
 using WeightSteps = uint4[kGemvSteps][kGemvOutputs];
 
-// The whole 16 bytes, of columns below `whole`; those of later steps are not waited for.
+// The whole 16 bytes from `col` on and of the steps behind it, as far as `whole`; else zeros.
 __device__ __forceinline__ void load_steps(const int8_t* const (&weight)[kGemvOutputs], int col,
                                            int whole, WeightSteps& w) {
 #pragma unroll
@@ -185,10 +185,6 @@ __global__ void __launch_bounds__(kGemvThreads) gemv_kernel(const GemvArgs a) {
   extern __shared__ __align__(kVectorBytes) unsigned char memory[];
   __shared__ Quantizer quantizers[kGemvRows];
   __shared__ RowMaxScratch max_scratch;
-  const bool fused = kInteger && !a.x_is_int8;
-  if constexpr (kInteger) {
-    if (fused) find_quantizers(a, quantizers, max_scratch);
-  }
   const int lane = threadIdx.x % kWarp;
   const int group = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   const int column = group * kGemvOutputs;
@@ -200,9 +196,13 @@ __global__ void __launch_bounds__(kGemvThreads) gemv_kernel(const GemvArgs a) {
 
   constexpr int kBatch = kGemvSteps * kGemvStep;
   const int whole = a.weight_vectors ? a.k / 16 * 16 : 0;
-  Sum sums[kGemvRows][kGemvOutputs] = {};
-  WeightSteps w, next;
+  WeightSteps w, next;  // the weight's bytes set out before x is looked at
   load_steps(weight, 16 * lane, whole, next);
+  const bool fused = kInteger && !a.x_is_int8;
+  if constexpr (kInteger) {
+    if (fused) find_quantizers(a, quantizers, max_scratch);
+  }
+  Sum sums[kGemvRows][kGemvOutputs] = {};
 #pragma unroll 1
   for (int col0 = 0; col0 < a.k; col0 += kBatch) {
     const int col = col0 + 16 * lane, in_slice = col0 % a.slice;

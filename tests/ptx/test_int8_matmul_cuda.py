@@ -237,6 +237,7 @@ def test_rows_of_special_numbers():
     x[0], x[1, 3], x[2, 39], x[3, 0] = 0, torch.nan, torch.inf, -torch.inf
     x[4], x[5], x[6] = x[4] * 2.0**-118, x[5] * 2.0**60, 2.0**-121
     x[7] += 1e4
+    x[8] = 2.0**-120  # the smallest row that is not zeros
     with ptx.run("sm_90a"):
         check_rows(rows_cuda, x)
         check_rows(rows_cuda, x, normalized=True)
