@@ -18,6 +18,9 @@ struct Integers {
   // vpdpbusd takes unsigned times signed: activations lie in memory as q + 128, and 128 times the
   // sum of the weights is taken off again.
   static constexpr int kStep = 4, kOffset = 128;
+  // Rows that are multiplied without groups: of few in all, and of those left over beside groups.
+  static constexpr int kMostSingles = 24, kMostSinglesLeft = 12;
+  static constexpr int kPiece = 4096;  // of K at a time: a panel of x stays in L2
   using Value = uint8_t;
   using Weight = int8_t;
   SIMD_INLINE vi multiply_add(vi sum, vi x, vi w) {
@@ -26,6 +29,8 @@ struct Integers {
 #else
   // vpmaddubsw, the instruction for bytes, would saturate; pmaddwd on int16 cannot.
   static constexpr int kStep = 2, kOffset = 0;
+  static constexpr int kMostSingles = kLanes, kMostSinglesLeft = kLanes / 4;
+  static constexpr int kPiece = 2048;
   using Value = int16_t;
   using Weight = int16_t;
   SIMD_INLINE vi multiply_add(vi sum, vi x, vi w) {
@@ -44,6 +49,8 @@ struct Floats {
   using Sum = float;
   using Sums = vf;
   static constexpr int kStep = 1, kOffset = 0;
+  static constexpr int kMostSingles = kLanes / 2, kMostSinglesLeft = kLanes / 4;
+  static constexpr int kPiece = 256;  // of sums that are short, errors of rounding stay small
   using Value = float;
   using Weight = float;
   SIMD_INLINE vf multiply_add(vf sum, vf x, vf w) { return sum + x * w; }

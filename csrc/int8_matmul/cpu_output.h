@@ -67,6 +67,13 @@ struct Columns {
   }
 };
 
+// Fetches the lines of a row of outputs.
+SIMD_INLINE void fetch_row(const MatmulCall& c, const Columns& columns, int64_t row) {
+  const int64_t size = c.mode == Mode::kRaw || c.y_dtype == DType::kFloat32 ? 4 : 2;  // bytes
+  char* y = static_cast<char*>(c.y) + (row * c.cols + columns.first) * size;
+  for (int64_t i = 0; i < columns.count * size; i += 64) __builtin_prefetch(y + i, 1);
+}
+
 // One row of outputs from its values before the activation, which are overwritten.
 inline void write_row(const MatmulCall& c, const Columns& columns, int64_t row, float* values) {
   const int64_t at = row * c.cols + columns.first;
@@ -102,18 +109,20 @@ inline void write_row(const MatmulCall& c, const Columns& columns, int64_t row, 
 SIMD_INLINE vf as_float(vi sum) { return __builtin_convertvector(sum, vf); }
 SIMD_INLINE vf as_float(vf sum) { return sum; }
 
-// Up to kLanes rows of a panel from row `first` on: sums [column][kPanelRows], one row a lane.
+// Up to kLanes rows of a panel from row `first` on: sums [column][kPanelRows], one row a lane, and
+// what is added to each column's sums.
 template <class Sums, class Sum>
 void write_group(const MatmulCall& c, const Columns& columns, int64_t first, int rows,
-                 const float* row_scale, const Sum* sums) {
+                 const float* row_scale, const Sum* sums, const Sum* offset) {
   alignas(64) float values[kLanes][kBlock];
   const vf scale = load(row_scale);
+  for (int r = 0; r < rows; r++) fetch_row(c, columns, first + r);  // from L2 into L1
   const bool raw = c.mode == Mode::kRaw;
   for (int column = 0; column < columns.count; column += kLanes) {
     vf x[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++) {
-      const Sums sum = load_vector<Sums>(sums + (column + i) * kPanelRows);
+      const Sums sum = load_vector<Sums>(sums + (column + i) * kPanelRows) + offset[column + i];
       x[i] = as_float(sum) * (columns.scale[column + i] * scale) + columns.bias[column + i];
       if (raw) x[i] = (vf)sum;
     }

@@ -2,8 +2,8 @@
 //
 // With many rows of x, kLanes of them lie side by side in a group, [step][row], and a vector holds
 // one step of each; a step of the weights is read where it lies and broadcast.  So the weights are
-// never rearranged, and no sum is spread over the lanes of a vector: kTileRows rows of weights
-// against up to kVectors groups are all the registers.  With few rows of x the lanes go along K,
+// never rearranged, and no sum is spread over the lanes of a vector: tile_rows rows of weights
+// against up to kVectors groups fill the registers.  With few rows of x the lanes go along K,
 // the weights stream through once, and the lanes are added up at the end.
 #pragma once
 #include "common/cpu/transpose.h"
@@ -11,10 +11,15 @@
 
 namespace kernels::ISA::int8_matmul {
 
-constexpr int kTileRows = 6;                    // of weights
 constexpr int kVectors = kLanes == 16 ? 4 : 2;  // groups of rows of x
 constexpr int kPanelRows = kVectors * kLanes;   // of x
 constexpr int kBlock = 96;                      // rows of weights in a block
+
+// Rows of weights in a tile with so many groups: a divisor of kBlock.
+constexpr int tile_rows(int groups) {
+  if (kLanes < 16) return 6;
+  return groups == 4 ? 6 : groups == 3 ? 8 : 12;
+}
 
 // Rows of weights in steps: bytes from one row and from one step to the next.
 struct Steps {
@@ -25,29 +30,26 @@ struct Steps {
   int rest;       // weights in a last, incomplete one
 };
 
-// sums [kTileRows][kPanelRows] (+)= weights [kTileRows, K] * x [K, kUsed groups]; `start` is what
-// sums begin with.  Rows past the last one repeat it.
+// sums [tile rows][kPanelRows] (+)= weights [tile rows, K] * x [K, kUsed groups].  Rows past the
+// last one repeat it.
 template <class A, int kUsed>
 void multiply_tile(const typename A::Value* x, int64_t group, const Steps& w, int first_row,
-                   const typename A::Sum* start, bool add, typename A::Sum* sums) {
+                   bool add, typename A::Sum* sums) {
+  using Sum = typename A::Sum;
   using Sums = typename A::Sums;
-  Sums sum[kTileRows][kUsed];
-  int64_t row[kTileRows];
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; r++) {
+  constexpr int kRows = tile_rows(kUsed);
+  Sums sum[kRows][kUsed] = {};
+  int64_t row[kRows];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; r++) {
     row[r] = (first_row + r < w.rows ? first_row + r : w.rows - 1) * w.row;
-#pragma GCC unroll 4
-    for (int v = 0; v < kUsed; v++) {
-      const Sums begin = set1(start[r]);
-      sum[r][v] = add ? load_vector<Sums>(sums + r * kPanelRows + v * kLanes) + begin : begin;
-    }
   }
   auto add_step = [&](const typename A::Value* xs, const char* weights, auto broadcast) {
     Sums steps[kUsed];
 #pragma GCC unroll 4
     for (int v = 0; v < kUsed; v++) steps[v] = load_vector<Sums>(xs + v * group);
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; r++) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; r++) {
       const Sums weight = broadcast(weights + row[r]);
 #pragma GCC unroll 4
       for (int v = 0; v < kUsed; v++) sum[r][v] = A::multiply_add(sum[r][v], steps[v], weight);
@@ -66,20 +68,23 @@ void multiply_tile(const typename A::Value* x, int64_t group, const Steps& w, in
       return broadcast_step(step, Sums{});
     });
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; r++) {
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
     for (int v = 0; v < kUsed; v++) {
-      store_vector(sums + r * kPanelRows + v * kLanes, sum[r][v]);
+      Sum* to = sums + r * kPanelRows + v * kLanes;
+      store_vector(to, add ? load_vector<Sums>(to) + sum[r][v] : sum[r][v]);
     }
   }
 }
 
 // Products of kRows rows of x, x_row apart and padded with zeros, with kLanes / kRows rows of
-// weights; that of row r and weights c is lane r * (kLanes / kRows) + c.
+// weights; that of row r and weights c is lane r * (kLanes / kRows) + c.  `next` are as many bytes
+// as a row of weights has, fetched on the way; or null.
 template <class A, int kRows>
 typename A::Sums dot_tile(const typename A::Value* x, int64_t x_row,
-                          const int8_t* const (&weights)[kLanes / kRows], int64_t depth) {
+                          const int8_t* const (&weights)[kLanes / kRows], int64_t depth,
+                          const int8_t* next = nullptr) {
   constexpr int kCols = kLanes / kRows;
   using Sums = typename A::Sums;
   Sums sum[kLanes] = {};
@@ -99,6 +104,7 @@ typename A::Sums dot_tile(const typename A::Value* x, int64_t x_row,
   int64_t k = 0;
   for (; k + kValues<A> <= depth; k += kValues<A>) {
     add(k, [](const int8_t* p) { return load_weights<A>(p); });
+    if (next) __builtin_prefetch(next + k);
   }
   if (k < depth) add(k, [&](const int8_t* p) { return load_some_weights<A>(p, depth - k); });
   return sums_of(sum);

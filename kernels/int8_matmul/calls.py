@@ -176,6 +176,7 @@ def quick_call(
         or x.dtype not in _FAST_DTYPES
         or not (x.is_cpu and weight.is_cpu and scale.is_cpu)
         or x.dim() != 2
+        or weight.dim() != 2
         or not (x.is_contiguous() and weight.is_contiguous() and scale.is_contiguous())
     ):
         return None

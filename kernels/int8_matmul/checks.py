@@ -101,10 +101,9 @@ def scale_of(
     """`scale` as float32 with one dimension; it has one of `shapes`, or a single element."""
     check_float(function, name, scale)
     if scale.shape not in shapes and not (scale.numel() == 1 and scale.dim() <= 2):
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        wanted = "".join(f"have shape {list(shape)} or " for shape in shapes)
         raise ValueError(
-            f"{function}: {name} must have shape {wanted} or hold one value, "
-            f"but has shape {list(scale.shape)}"
+            f"{function}: {name} must {wanted}hold one value, but has shape {list(scale.shape)}"
         )
     check_device(function, name, scale, x)
     return scale.detach().float().reshape(-1).contiguous()

@@ -27,10 +27,16 @@ def _is_int_mm_right(x: Tensor, weight: Tensor) -> bool:
     return x.is_cpu and torch.cpu._is_vnni_supported()
 
 
+def _without_overlap(x: Tensor) -> Tensor:
+    """`x`, copied where its rows share memory: torch._int_mm misreads it on CPUs (torch 2.13)."""
+    inner = 1 if x.stride(1) == 1 else 0
+    return x if x.stride(1 - inner) >= x.shape[inner] else x.contiguous()
+
+
 def integer_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, K] times the transpose of weight [N, K], both int8, as int32 [M, N]."""
     if _is_int_mm_right(x, weight):
-        return torch._int_mm(x, weight.t())
+        return torch._int_mm(_without_overlap(x), _without_overlap(weight).t())
     sums = x.new_zeros((x.shape[0], weight.shape[0]), dtype=torch.int32)
     for x_part, weight_part in zip(
         x.split(EXACT_TERMS, 1), weight.split(EXACT_TERMS, 1), strict=True

@@ -138,6 +138,8 @@ def _quantize_rows(rows: Tensor, symmetric: bool, scale_dtype: torch.dtype) -> t
 
 def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` in `dtype`, never rounded to 0 or infinity; NaN stays."""
+    if dtype.itemsize >= scale.itemsize:
+        return scale.to(dtype)
     limits = torch.finfo(dtype)
     return scale.clamp(limits.tiny, limits.max).to(dtype)
 

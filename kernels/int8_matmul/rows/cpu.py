@@ -27,8 +27,8 @@ def unsupported(
 def forward(
     x: Tensor, normalized: bool, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    values = torch.empty(x.shape, dtype=torch.int8)
-    scale = torch.empty(x.shape[0], dtype=torch.float32)
+    values = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty(x.shape[0], dtype=torch.float32)
     if weight is not None:
         weight = weight.contiguous()
     if bias is not None:
