@@ -13,7 +13,7 @@ namespace kernels::ISA {
 namespace int8_matmul {
 namespace {
 
-constexpr int64_t kReadyBytes = int64_t{4} << 20;  // of x made ready at a time
+constexpr int64_t kReadyBytes = int64_t{1} << 20;  // of x made ready at a time: it stays in L2
 
 template <class A>
 void matmul_rows(const MatmulCall& c, int64_t first, int64_t rows) {
@@ -41,6 +41,7 @@ void matmul_rows(const MatmulCall& c, int64_t first, int64_t rows) {
 #pragma omp for schedule(static)
       for (int64_t item = 0; item < items; item++) blocks.run(item);
     }
+    if (streams_output(c)) stream_fence();
   });
 }
 
@@ -53,12 +54,32 @@ void matmul_as(const MatmulCall& c) {
   }
 }
 
+// Whether few rows of floats go through integers: cpu_fixed_point.h.
+bool goes_by_bytes(const MatmulCall& c) {
+  if (!Integers::kOffset || c.mode != Mode::kWeightOnly || c.rows > Integers::kMostSingles / 4 ||
+      c.weight_column != 1 || c.depth > kMostFixedPointTerms) {
+    return false;
+  }
+  bool fit = true;
+  dispatch_float(c.x_dtype, [&](auto type) {
+    const auto* x = static_cast<const decltype(type)*>(c.x);
+    for (int64_t row = 0; row < c.rows; row++) {
+      fit = fit && fixed_point_of(x + row * c.x_row, c.depth).fits;
+    }
+  });
+  return fit;
+}
+
 void matmul(const MatmulCall& c) {
   if (c.mode != Mode::kRaw) {
     dispatch_float(c.y_dtype,
                    [&](auto t) { prefer_huge_pages(c.y, c.rows * c.cols * int64_t(sizeof t)); });
   }
-  c.mode == Mode::kWeightOnly ? matmul_as<Floats>(c) : matmul_as<Integers>(c);
+  if (c.mode != Mode::kWeightOnly || goes_by_bytes(c)) {
+    matmul_as<Integers>(c);
+  } else {
+    matmul_as<Floats>(c);
+  }
 }
 
 }  // namespace

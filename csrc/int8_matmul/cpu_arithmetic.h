@@ -49,7 +49,7 @@ struct Floats {
   using Sum = float;
   using Sums = vf;
   static constexpr int kStep = 1, kOffset = 0;
-  static constexpr int kMostSingles = kLanes / 2, kMostSinglesLeft = kLanes / 4;
+  static constexpr int kMostSingles = kLanes, kMostSinglesLeft = kLanes / 4;
   static constexpr int kPiece = 256;  // of sums that are short, errors of rounding stay small
   using Value = float;
   using Weight = float;
@@ -109,6 +109,45 @@ SIMD_INLINE typename A::Sums load_some_weights(const int8_t* p, int64_t n) {
   int8_t some[kValues<A>] = {};
   memcpy(some, p, size_t(n));
   return load_weights<A>(some);
+}
+
+// One step of kLanes neighbouring columns, [column][kStep]: kStep rows of weights, `stride` apart.
+template <class A>
+SIMD_INLINE typename A::Sums interleave_weights(const int8_t* p, int64_t stride) {
+  if constexpr (A::kStep == 1) {
+    return load(p);
+  } else {
+    typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+    Bytes row[A::kStep];
+    for (int i = 0; i < A::kStep; i++) memcpy(&row[i], p + i * stride, kLanes);
+#if defined(__AVX512VNNI__)
+    const auto even = __m128i(row[0]), odd = __m128i(row[1]);
+    const auto third = __m128i(row[2]), fourth = __m128i(row[3]);
+    const __m128i low = _mm_unpacklo_epi8(even, odd), high = _mm_unpackhi_epi8(even, odd);
+    const __m128i low2 = _mm_unpacklo_epi8(third, fourth), high2 = _mm_unpackhi_epi8(third, fourth);
+    const __m256i first =
+        _mm256_set_m128i(_mm_unpackhi_epi16(low, low2), _mm_unpacklo_epi16(low, low2));
+    const __m256i second =
+        _mm256_set_m128i(_mm_unpackhi_epi16(high, high2), _mm_unpacklo_epi16(high, high2));
+    return (vi)_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+#else
+    int16_t wide[kLanes][2];
+    for (int i = 0; i < kLanes; i++) {
+      wide[i][0] = row[0][i];
+      wide[i][1] = row[1][i];
+    }
+    return load_vector<vi>(wide);
+#endif
+  }
+}
+
+// The same of the first n columns and `rows` rows, the others 0.
+template <class A>
+SIMD_INLINE typename A::Sums interleave_some_weights(const int8_t* p, int64_t stride, int n,
+                                                     int64_t rows) {
+  int8_t some[A::kStep][kLanes] = {};
+  for (int64_t i = 0; i < A::kStep && i < rows; i++) memcpy(some[i], p + i * stride, size_t(n));
+  return interleave_weights<A>(some[0], kLanes);
 }
 
 }  // namespace kernels::ISA::int8_matmul

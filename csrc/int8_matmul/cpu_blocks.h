@@ -70,44 +70,51 @@ class Blocks {
       const auto* data = reinterpret_cast<const char*>(pieces_);
       return {data, padded * int64_t(sizeof(Weight)), 4, columns.count, padded / A::kStep, 0};
     }
-    // [step][row]: neighbouring rows are neighbours in memory.
-    memset(pieces_, 0, size_t(padded * kBlock) * sizeof(Weight));
-    for (int64_t i = 0; i < n; i++) {
-      const int8_t* from = weights(columns.first, k + i);
-      Weight* to = pieces_ + i / A::kStep * kBlock * A::kStep + i % A::kStep;
-      for (int r = 0; r < columns.count; r++) to[r * A::kStep] = Weight(from[r]);
+    for (int64_t i = 0; i < padded; i += kValues<A>) {  // rows of K far apart: each page once
+      for (int r = 0; r < columns.count; r += kLanes) {
+        Sums t[kLanes];
+#pragma GCC unroll 16
+        for (int s = 0; s < kLanes; s++) t[s] = step(columns, r, k + i + s * A::kStep, k + n);
+        transpose(t);
+#pragma GCC unroll 16
+        for (int c = 0; c < kLanes; c++) store_vector(pieces_ + (r + c) * padded + i, t[c]);
+      }
     }
     const auto* data = reinterpret_cast<const char*>(pieces_);
-    return {data, 4, kBlock * 4, columns.count, padded / A::kStep, 0};
+    return {data, padded * int64_t(sizeof(Weight)), 4, columns.count, padded / A::kStep, 0};
   }
 
-  // offset -= what x's offset adds to the block's sums over [k, k + n): kOffset times the weights.
-  void take_off(const Columns& columns, const Steps& steps, int64_t k, int64_t n,
-                Sum* offset) const {
+  // Where columns lie side by side: one step, at k < end, of up to kLanes of them from `column` on.
+  Sums step(const Columns& columns, int column, int64_t k, int64_t end) const {
+    const int64_t left = columns.count - column;
+    if (k >= end) return Sums{};
+    const int8_t* from = weights(columns.first + column, k);
+    return left >= kLanes && k + A::kStep <= end
+               ? interleave_weights<A>(from, call_.weight_column)
+               : interleave_some_weights<A>(from, call_.weight_column, int(least(left, kLanes)),
+                                            end - k);
+  }
+
+  // offset -= what x's offset adds to the block's sums over n terms: kOffset times the weights.
+  void take_off(const Columns& columns, const Steps& steps, int64_t n, Sum* offset) const {
     if constexpr (A::kOffset != 0) {
       const Value* ones = x_.single + x_.singles * x_.length;
       for (int i = 0; i < columns.count; i += kLanes) {
-        Sums sum{};
-        if (call_.weight_column == 1) {
-          const int8_t* rows[kLanes];
-          row_pointers(columns, i, k, rows);
-          sum = dot_tile<A, 1>(ones, 0, rows, n);
-        } else {
-          const Sums one = load_vector<Sums>(ones);
-          for (int64_t s = 0; s < steps.count; s++) {
-            sum = A::multiply_add(sum, one, load_vector<Sums>(steps.data + s * steps.step + i * 4));
-          }
+        const int8_t* rows[kLanes];
+        for (int r = 0; r < kLanes; r++) {
+          const char* row = steps.data + least(i + r, columns.count - 1) * steps.row;
+          rows[r] = reinterpret_cast<const int8_t*>(row);
         }
+        const Sums sum = dot_tile<A, 1>(ones, 0, rows, n);
         store_vector(offset + i, load_vector<Sums>(offset + i) - sum * A::kOffset);
       }
     }
   }
 
   template <int kRows>
-  void row_pointers(const Columns& columns, int column, int64_t k,
-                    const int8_t* (&rows)[kRows]) const {
+  void row_pointers(const Columns& columns, int column, const int8_t* (&rows)[kRows]) const {
     for (int i = 0; i < kRows; i++) {
-      rows[i] = weights(columns.first + least(column + i, columns.count - 1), k);
+      rows[i] = weights(columns.first + least(column + i, columns.count - 1), 0);
     }
   }
 
@@ -129,7 +136,7 @@ class Blocks {
           multiply_tile<A, decltype(used)::value>(x, kLanes * x_.length, w, r, k > 0,
                                                   sums + r * kPanelRows);
         }
-        if (group == 0) take_off(columns, w, k, n, offset);  // the weights are in the cache now
+        if (group == 0) take_off(columns, w, n, offset);  // the weights are in the cache now
         for (int64_t i = 0; last && i < rows; i += kLanes) {
           write_group<Sums>(call_, columns, x_.first + row + i, int(least(rows - i, kLanes)),
                             x_.scale + row + i, sums + i, offset);
@@ -172,7 +179,7 @@ class Blocks {
   void dot_rows(const Columns& columns, int column, int64_t row, const int8_t* next = nullptr) {
     constexpr int kCols = kLanes / kRows;
     const int8_t* rows[kCols];
-    row_pointers(columns, column, 0, rows);
+    row_pointers(columns, column, rows);
     alignas(64) Sum sums[kLanes];
     store_vector(
         sums, dot_tile<A, kRows>(x_.single + row * x_.length, x_.length, rows, call_.depth, next));
@@ -181,7 +188,8 @@ class Blocks {
     }
   }
 
-  void multiply_singles(const Columns& columns) {
+  // The products of single rows with weights whose rows run along K.
+  void multiply_along_rows(const Columns& columns) {
     const int64_t rows = x_.singles + (A::kOffset ? 1 : 0), by_four = rows / 4 * 4;
     for (int column = 0; column < columns.count; column += kLanes) {
       for (int c = column; c < column + kLanes; c += kLanes / 4) {
@@ -196,6 +204,74 @@ class Blocks {
       }
       if (row < rows) dot_rows<1>(columns, column, row);
     }
+  }
+
+  // Rows of x from `row` on with kAtOnce vectors of the columns from `column` on, over the `count`
+  // steps of piece k, which `pieces_` holds as [step][column].
+  template <int kRows, int kAtOnce>
+  void add_products(int64_t count, int column, int64_t row, int64_t k) {
+    Sums sum[kRows][kAtOnce] = {};
+    const Value* x = x_.single + row * x_.length + k;
+    for (int64_t s = 0; s < count; s++) {
+      Sums weight[kAtOnce];
+#pragma GCC unroll 3
+      for (int v = 0; v < kAtOnce; v++) {
+        weight[v] = load_vector<Sums>(pieces_ + (s * kBlock + column + v * kLanes) * A::kStep);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; r++) {
+        const Sums value = broadcast_step(x + r * x_.length + s * A::kStep, Sums{});
+#pragma GCC unroll 3
+        for (int v = 0; v < kAtOnce; v++) {
+          sum[r][v] = A::multiply_add(sum[r][v], value, weight[v]);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; r++) {
+      for (int v = 0; v < kAtOnce; v++) {
+        Sum* to = sums_ + (row + r) * kBlock + column + v * kLanes;
+        store_vector(to, k ? load_vector<Sums>(to) + sum[r][v] : sum[r][v]);
+      }
+    }
+  }
+
+  // The same where columns lie side by side: the lanes go along them.
+  void multiply_along_columns(const Columns& columns) {
+    constexpr int kAtOnce = 3;  // vectors of columns; a block is a multiple of them
+    const int64_t rows = x_.singles + (A::kOffset ? 1 : 0);
+    for (int64_t k = 0; k < call_.depth; k += kPiece) {
+      const int64_t n = least(call_.depth - k, kPiece), count = (n + A::kStep - 1) / A::kStep;
+      for (int64_t s = 0; s < count; s++) {
+        for (int column = 0; column < columns.count; column += kLanes) {
+          store_vector(pieces_ + (s * kBlock + column) * A::kStep,
+                       step(columns, column, k + s * A::kStep, k + n));
+        }
+      }
+      for (int column = 0; column < columns.count; column += kAtOnce * kLanes) {
+        int64_t row = 0;
+        for (; row + 4 <= rows; row += 4) add_products<4, kAtOnce>(count, column, row, k);
+        for (; row < rows; row++) add_products<1, kAtOnce>(count, column, row, k);
+      }
+    }
+  }
+
+  void multiply_singles(const Columns& columns) {
+    call_.weight_column == 1 ? multiply_along_rows(columns) : multiply_along_columns(columns);
+    x_.by_bytes ? write_rows_of_bytes(columns) : write_singles(columns);
+  }
+
+  void write_rows_of_bytes(const Columns& columns) {
+    if constexpr (A::kOffset != 0) {
+      alignas(64) float products[kBlock] = {};
+      for (int64_t row = 0; row < x_.rows; row++) {
+        combine_bytes(sums_ + 4 * row * kBlock, kBlock, sums_ + x_.singles * kBlock, columns.count,
+                      x_.scale[row], products);
+        write_single<vf>(call_, columns, x_.first + row, 1.f, products);
+      }
+    }
+  }
+
+  void write_singles(const Columns& columns) {
     for (int64_t row = 0; row < x_.singles; row++) {
       Sum* sums = sums_ + row * kBlock;
       if constexpr (A::kOffset != 0) {

@@ -45,14 +45,27 @@ SIMD_INLINE vf activated(vf x, Activation activation) {
   return x;
 }
 
+inline int64_t output_size(const MatmulCall& c) {  // in bytes
+  return c.mode == Mode::kRaw || c.y_dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Outputs larger than the cores' own caches are written past them, without being read first.
+inline bool streams_output(const MatmulCall& c) {
+  constexpr int64_t kFromBytes = int64_t{4} << 20;
+  const int64_t row_bytes = c.cols * output_size(c);
+  return c.mode != Mode::kRaw && c.rows * row_bytes >= kFromBytes && uintptr_t(c.y) % 64 == 0 &&
+         row_bytes % 64 == 0;
+}
+
 // What outputs of one block of columns are made with; zeros past its columns.
 struct Columns {
   int64_t first;
   int count;
+  bool streams;
   alignas(64) float scale[kBlock], bias[kBlock];
 
   Columns(const MatmulCall& c, int64_t first_column, int columns)
-      : first(first_column), count(columns), scale{}, bias{} {
+      : first(first_column), count(columns), streams(streams_output(c)), scale{}, bias{} {
     const float* scales = c.weight_scale.data;
     for (int i = 0; i < count; i++) {
       scale[i] = scales ? scales[(first + i) * c.weight_scale.step] : 1.f;
@@ -67,9 +80,10 @@ struct Columns {
   }
 };
 
-// Fetches the lines of a row of outputs.
+// Fetches the lines of a row of outputs that will be overwritten.
 SIMD_INLINE void fetch_row(const MatmulCall& c, const Columns& columns, int64_t row) {
-  const int64_t size = c.mode == Mode::kRaw || c.y_dtype == DType::kFloat32 ? 4 : 2;  // bytes
+  if (columns.streams) return;
+  const int64_t size = output_size(c);
   char* y = static_cast<char*>(c.y) + (row * c.cols + columns.first) * size;
   for (int64_t i = 0; i < columns.count * size; i += 64) __builtin_prefetch(y + i, 1);
 }
@@ -101,8 +115,12 @@ inline void write_row(const MatmulCall& c, const Columns& columns, int64_t row, 
   }
   dispatch_float(c.y_dtype, [&](auto type) {
     auto* y = static_cast<decltype(type)*>(c.y) + at;
-    for_each_vector(columns.count,
-                    [&](int64_t i, auto lanes, int) { store(y + i, load(values + i), lanes); });
+    auto write_all = [&](auto streams) {
+      for_each_vector(columns.count, [&](int64_t i, auto lanes, int) {
+        write<decltype(streams)::value>(y + i, load(values + i), lanes);
+      });
+    };
+    columns.streams ? write_all(std::true_type()) : write_all(std::false_type());
   });
 }
 

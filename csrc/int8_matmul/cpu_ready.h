@@ -2,6 +2,7 @@
 #pragma once
 #include "common/cpu/parallel.h"
 #include "int8_matmul/cpu.h"
+#include "int8_matmul/cpu_fixed_point.h"
 #include "int8_matmul/cpu_quantize.h"
 #include "int8_matmul/cpu_tiles.h"
 
@@ -22,6 +23,7 @@ struct Ready {
 
   const MatmulCall& call;
   int64_t first, rows;
+  bool by_bytes;  // single rows are the bytes of fixed-point numbers, four for each row
   int64_t groups, singles;
   int64_t length;  // of a row, padded with zeros
   Value* grouped;  // [groups][length / kStep][kLanes][kStep]
@@ -31,14 +33,17 @@ struct Ready {
   Ready(const MatmulCall& c, int64_t first_row, int64_t count)
       : call(c), first(first_row), rows(count), length(round_up(c.depth, kValues<A>)) {
     const int64_t left = rows % kLanes;
-    if (c.weight_column != 1) {
-      singles = 0;
+    by_bytes = A::kOffset && c.mode == Mode::kWeightOnly;
+    if (by_bytes) {
+      singles = 4 * rows;
+    } else if (c.weight_column != 1) {
+      singles = rows <= kLanes / 2 ? rows : 0;
     } else if (rows <= A::kMostSingles) {
       singles = rows;
     } else {
       singles = left <= A::kMostSinglesLeft ? left : 0;
     }
-    groups = (rows - singles + kLanes - 1) / kLanes;
+    groups = by_bytes ? 0 : (rows - singles + kLanes - 1) / kLanes;
   }
 
   int64_t grouped_floats() const { return floats(groups * kLanes * length); }
@@ -57,7 +62,7 @@ struct Ready {
     for (int64_t k = 0; k < length; k++) single[singles * length + k] = 1;
   }
 
-  int64_t items() const { return groups + singles; }
+  int64_t items() const { return by_bytes ? rows : groups + singles; }
   void make(int64_t item) const {
     if constexpr (A::kStep > 1) {
       if (call.mode == Mode::kRaw || call.mode == Mode::kInt8) return make_from<int8_t>(item);
@@ -92,6 +97,16 @@ struct Ready {
   template <class T>
   void make_from(int64_t item) const {
     const int64_t depth = call.depth;
+    if constexpr (A::kOffset && sizeof(T) > 1) {
+      if (by_bytes) {
+        const FixedPoint f = fixed_point_of(row_of_x<T>(item), depth);
+        Value* to = single + 4 * item * length;
+        memset(to, 0, size_t(4 * length));
+        split_into_bytes(row_of_x<T>(item), depth, f.multiplier, to, length);
+        scale[item] = f.unit;
+        return;
+      }
+    }
     if (item >= groups) {
       const int64_t row = groups * kLanes + item - groups;
       const Scaling s = scaling<T>(row);

@@ -13,6 +13,7 @@ namespace kernels::ISA::int8_matmul {
 
 constexpr int kVectors = kLanes == 16 ? 4 : 2;  // groups of rows of x
 constexpr int kPanelRows = kVectors * kLanes;   // of x
+constexpr int kStepsAhead = 32;                 // that a panel is fetched from L2
 constexpr int kBlock = 96;                      // rows of weights in a block
 
 // Rows of weights in a tile with so many groups: a divisor of kBlock.
@@ -60,6 +61,10 @@ void multiply_tile(const typename A::Value* x, int64_t group, const Steps& w, in
     add_step(x, weights, [](const char* p) { return broadcast_step(p, Sums{}); });
     x += kValues<A>;
     weights += w.step;
+#pragma GCC unroll 4
+    for (int v = 0; v < kUsed; v++) {
+      __builtin_prefetch(x + v * group + kStepsAhead * kValues<A>);
+    }
   }
   if (w.rest) {
     add_step(x, weights, [&](const char* p) {

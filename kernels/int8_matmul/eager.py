@@ -1,8 +1,9 @@
 """Int8 matmul by PyTorch's own ops: torch._int_mm where it is right, else exact float32.
 
 On GPUs torch._int_mm wants more than 16 rows and K and N that are multiples of 8; on CPUs without
-VNNI it has been seen to saturate (https://github.com/huggingface/optimum-quanto/pull/309).  There
-the product is summed in float32 over 1024 terms at a time: no sum exceeds 2^24, so it is exact.
+VNNI it has been seen to saturate (https://github.com/huggingface/optimum-quanto/pull/309), and with
+K = 1 it is wrong (torch 2.13).  There the product is summed in float32 over 1024 terms at a time:
+no sum exceeds 2^24, so it is exact.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def unsupported(*_: object) -> str | None:
 def _is_int_mm_right(x: Tensor, weight: Tensor) -> bool:
     if x.is_cuda:
         return x.shape[0] > 16 and x.shape[1] % 8 == 0 and weight.shape[0] % 8 == 0
-    return x.is_cpu and torch.cpu._is_vnni_supported()
+    return x.is_cpu and x.shape[1] > 1 and torch.cpu._is_vnni_supported()
 
 
 def _without_overlap(x: Tensor) -> Tensor:

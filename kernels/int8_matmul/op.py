@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from kernels.dispatch import define
-from kernels.int8_matmul import composite, reference
-from kernels.int8_matmul.calls import Call, linear_call, matmul_call, quick_call
+from kernels import _native
+from kernels.dispatch import define, offered_to_cpu_first
+from kernels.int8_matmul import composite, cpu, reference
+from kernels.int8_matmul.calls import Call, is_plain, linear_call, matmul_call
+from kernels.int8_matmul.checks import ACTIVATIONS
 from kernels.int8_matmul.quantized import Quantized
 
 choose = define(
@@ -24,6 +26,7 @@ choose = define(
 
 
 # Under their own names, as every attribute that is looked up shows in a call of microseconds.
+_is_compiling = torch.compiler.is_dynamo_compiling
 _is_transforming = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -83,7 +86,7 @@ def int8_linear(
     mode: str = "dynamic",
     activation: str | None = None,
     *,
-    x_scale: Tensor | None = None,
+    x_scale: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:
     """``torch.nn.functional.linear`` with an int8 weight, and int8 arithmetic, in one kernel.
@@ -113,9 +116,8 @@ def int8_linear(
     arXiv:1308.3432).  Inside torch.func transforms and forward-mode differentiation PyTorch's
     ordinary ops run.
     """
-    quick = quick_call(x, quantized_weight, bias, mode, activation, x_scale, out_dtype)
-    if quick is not None:
-        return run(quick)
+    if is_plain(x, quantized_weight, bias, mode, activation, x_scale, out_dtype):
+        return _plain_linear(x, quantized_weight, bias, mode, ACTIVATIONS[activation])
     inputs = x if isinstance(x, tuple) else (x,)
     weights = quantized_weight if isinstance(quantized_weight, tuple) else ()
     tensors = *inputs, *weights, bias, x_scale
@@ -139,13 +141,41 @@ def int8_linear(
     return composite.linear(*call)
 
 
+def _plain_linear(
+    x: Any, quantized_weight: Quantized, bias: Tensor | None, mode: str, activation: str
+) -> Any:
+    """A call that is_plain accepts, on the shortest way."""
+    weight, scale, _ = quantized_weight
+    rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+    if (
+        offered_to_cpu_first()
+        and not _needs_composite()
+        and not _needs_gradient(x, bias)
+        and not isinstance(_native.cpu, str)
+    ):
+        # scale [N, 1] is [N] in memory, and a view would cost a microsecond.
+        y = cpu.forward(rows, weight, None, scale, bias, activation, mode, x.dtype)[0]
+    else:
+        y = run(Call(rows, weight, None, scale.view(-1), bias, activation, mode, x.dtype))
+    return y if rows is x else y.view(*x.shape[:-1], -1)
+
+
+def _needs_composite() -> bool:
+    """Inside torch.func transforms and forward-mode differentiation kernels cannot take part."""
+    return _is_transforming() or forward_ad._current_level >= 0
+
+
+def _needs_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    return _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
 def run(call: Call) -> Tensor:
     """y [M, N], differentiable in x and bias."""
-    bias = call.bias
-    if _is_transforming() or forward_ad._current_level >= 0:
+    if _needs_composite():
         return composite.straight_through(call)
-    if _is_grad_enabled() and (call.x.requires_grad or (bias is not None and bias.requires_grad)):
-        y: Tensor = Int8MatmulFunction.apply(*call)
+    if _needs_gradient(call.x, call.bias):
+        apply = Int8MatmulFunction.apply if _is_compiling() else _apply
+        y: Tensor = apply(*call)
         return y
     return _compute(call)
 
@@ -182,6 +212,10 @@ class Int8MatmulFunction(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             dbias = dy.sum(0).to(bias.dtype)
         return dx, None, None, None, dbias, None, None, None
+
+
+# Function.apply without its preparations for torch.func, under which `composite` runs anyway.
+_apply = super(torch.autograd.Function, Int8MatmulFunction).apply
 
 
 def backend_arguments(*arguments: Any, **keywords: Any) -> tuple[Any, ...]:

@@ -38,7 +38,7 @@ def eager_linear(x: Tensor, weight: Quantized, bias: Tensor) -> Tensor:
 def torch_ao_linear(linear: nn.Linear) -> nn.Module:
     """torch.ao's dynamically quantised linear: uint8 activations with one scale for all rows."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # of torch.ao about itself
         converted = torch.ao.quantization.quantize_dynamic(
             nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8
         )

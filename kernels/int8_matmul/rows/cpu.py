@@ -1,4 +1,4 @@
-"""Rows as int8 on CPUs in C++ SIMD (csrc/int8_matmul/cpu_rows.cpp): checks, allocation, one call."""
+"""Rows as int8 on CPUs in C++ SIMD (csrc/int8_matmul/cpu_rows.cpp): checks, one native call."""
 
 from __future__ import annotations
 
