@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(GemmShape<kRows>::kThreads, GemmShape<kRows>::
   for (int step = 0; step < kStages - 1; ++step) load_step(step);
 
   int c[kM][kN][4] = {};
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  int step = 0;
+  do {  // every split has a step; a loop that asks first costs a copy of the sums
     wait_for_groups<kStages - 2>();
     __syncthreads();  // the stage is there for all, and nobody reads the one before any more
     load_step(step + kStages - 1);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(GemmShape<kRows>::kThreads, GemmShape<kRows>::
         }
       }
     }
-  }
+  } while (++step < steps);
   __syncthreads();  // all have read their last stage: its memory is free
   auto& scratch = reinterpret_cast<int (*)[16 * kM][8 * kN]>(memory)[warp];
   finish_tile(a.out, c, scratch, place.row + warp_row, place.column + warp_column, blockIdx.y);

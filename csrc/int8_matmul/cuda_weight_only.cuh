@@ -14,7 +14,7 @@
 namespace kernels::int8_matmul {
 
 template <typename T>
-struct FloatGemmShape {
+struct WeightOnlyShape {
   static constexpr int kRows = 64, kThreads = 4 * kWarp;
   static constexpr int kDepth = 128 / static_cast<int>(sizeof(T));  // columns of a stage
   static constexpr size_t kShared = 2 * 2 * kRows * 128;
@@ -22,7 +22,7 @@ struct FloatGemmShape {
   static constexpr int kBlocks = sizeof(T) == 2 ? 3 : 2;    // of a multiprocessor
 };
 
-struct FloatGemmArgs {
+struct WeightOnlyArgs {
   const void* x;  // [m, k]
   int64_t x_stride;
   bool x_vectors;
@@ -55,10 +55,45 @@ __device__ __forceinline__ void store_weights(Tile<T, kColumns> tile, int row, i
   }
 }
 
+// c[m][n] += x weightᵀ over 16 columns from k on, in fp32: as multiply_rows, whose order of columns
+// this is, but for a right operand that tf32 holds exactly.
+template <int kM, int kN, int kColumns>
+__device__ __forceinline__ void multiply_weights(Accumulator (&c)[kM][kN], Tile<float, kColumns> x,
+                                                 Tile<float, kColumns> weight, int k) {
+  const int lane = threadIdx.x % kWarp, chunk = k / 4 + lane % 4;
+  uint32_t high[kM][2][4], low[kM][2][4];
+#pragma unroll
+  for (int r = 0; r < 2 * kM; ++r) {
+    const auto values = Vec<float, 4>::load(x.chunk_at(8 * r + lane / 4, chunk));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t& rest = low[r / 2][i / 2][r % 2 + i % 2 * 2];
+      split_tf32(values.at[i], high[r / 2][i / 2][r % 2 + i % 2 * 2], rest);
+      if (isinf(values.at[i])) rest = 0;  // infinity less infinity is no number
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const auto right = Vec<uint32_t, 4>::load(
+        reinterpret_cast<const uint32_t*>(weight.chunk_at(8 * n + lane / 4, chunk)));
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      Accumulator sum = {};  // a tensor core truncates its sums: the long ones are fp32's
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        multiply_add_tf32(sum, low[m][step], right.at[2 * step], right.at[2 * step + 1]);
+        multiply_add_tf32(sum, high[m][step], right.at[2 * step], right.at[2 * step + 1]);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[m][n][i] += sum[i];
+    }
+  }
+}
+
 template <typename T>
-__global__ void __launch_bounds__(FloatGemmShape<T>::kThreads, FloatGemmShape<T>::kBlocks)
-    float_gemm_kernel(const __grid_constant__ FloatGemmArgs a) {
-  using Shape = FloatGemmShape<T>;
+__global__ void __launch_bounds__(WeightOnlyShape<T>::kThreads, WeightOnlyShape<T>::kBlocks)
+    weight_only_kernel(const __grid_constant__ WeightOnlyArgs a) {
+  using Shape = WeightOnlyShape<T>;
   constexpr int kRows = Shape::kRows, kDepth = Shape::kDepth, kM = 2, kN = 4;
   constexpr int kPieces = kDepth / 16;                       // of a row of the weight
   constexpr int kLoads = kRows * kPieces / Shape::kThreads;  // of a thread
@@ -108,8 +143,14 @@ __global__ void __launch_bounds__(FloatGemmShape<T>::kThreads, FloatGemmShape<T>
     }
     if (step >= 0) {
       const int depth = min(padded(a.k - (begin + step) * kDepth), kDepth);
-      const Chunks x = stage_of(step), weight = x.from_row(kRows);
-      multiply_rows<T>(c, x.from_row(warp_row), weight.from_row(warp_column), depth);
+      const Chunks x = stage_of(step).from_row(warp_row);
+      const Chunks weight = stage_of(step).from_row(kRows + warp_column);
+      if constexpr (sizeof(T) == 2) {
+        multiply_rows<T>(c, x, weight, depth);
+      } else {
+#pragma unroll 1
+        for (int k = 0; k < depth; k += 16) multiply_weights(c, x, weight, k);
+      }
     }
     if (step + 1 < steps) convert_weights(step + 1);
     wait_for_copies();

@@ -15,7 +15,7 @@ backward = None
 MODES = {"raw": 0, "int8": 0, "dynamic": 1, "static": 2, "weight_only": 3}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 OUTPUTS = DTYPE_CODES | {torch.int32: 3}
-MAX_SIZE = 2**31 - 2**10  # of m, n and k: a tile's rows are counted in 32 bits
+MAX_SIZE = 2**31 - 2**14  # of m, n and k: tiles and slices are counted in 32 bits
 
 
 def unsupported(
@@ -74,7 +74,7 @@ def forward(
         MODES[mode],
         x.stride(0),
         DTYPE_CODES.get(x.dtype, 0),
-        _aligned(x, x.stride(0)),
+        _aligned(x, x.stride(0) if rows > 1 else 0),
         weight_stride,
         _aligned(weight, weight_stride),
         n_contiguous,
