@@ -257,7 +257,7 @@ def _attention_triton() -> list[Attention]:
 
 
 def _int8_triton() -> list[AnyCall]:
-    """The largest tile for few rows, for some and for many, and rows of every tile."""
+    """The largest tile for few rows, for some and for many; rows of several lengths."""
     from kernels.int8_matmul import triton_rows
 
     kinds = [(mode, torch.bfloat16) for mode in ("raw", "dynamic", "weight_only")]
@@ -267,7 +267,8 @@ def _int8_triton() -> list[AnyCall]:
     products += [
         Int8("raw", m, 500, k, torch.bfloat16) for m, k in ((16, 500), (512, 500), (16, 501))
     ]
-    cols = [row[0] for row in triton_rows.TILES] + [triton_rows.RESIDENT_COLS + 8, 1001]
+    longest = triton_rows.RESIDENT_COLS
+    cols = (64, 1001, 1024, 4096, longest, longest + 8)
     rows = [Int8Rows(64, n, torch.bfloat16, norm) for n in cols for norm in (False, True)]
     rows += [Int8Rows(64, n, torch.float32, True) for n in (1024, 8192, 16392)]
     return [*products, *rows]
