@@ -256,9 +256,28 @@ def _attention_triton() -> list[Attention]:
     return [Attention(2, 256, dim, dtype) for dim, dtype in kinds]
 
 
+def _int8_triton() -> list[AnyCall]:
+    """The largest tile for few rows, for some and for many; rows of several lengths."""
+    from kernels.int8_matmul import triton_rows
+
+    kinds = [(mode, torch.bfloat16) for mode in ("raw", "dynamic", "weight_only")]
+    kinds.append(("weight_only", torch.float32))
+    products = [Int8(mode, m, 512, 512, dtype) for mode, dtype in kinds for m in (16, 32, 64, 512)]
+    # Vectors of 4 bytes, and rows that are read element by element.
+    products += [
+        Int8("raw", m, 500, k, torch.bfloat16) for m, k in ((16, 500), (512, 500), (16, 501))
+    ]
+    longest = triton_rows.RESIDENT_COLS
+    cols = (64, 1001, 1024, 4096, longest, longest + 8)
+    rows = [Int8Rows(64, n, torch.bfloat16, norm) for n in cols for norm in (False, True)]
+    rows += [Int8Rows(64, n, torch.float32, True) for n in (1024, 8192, 16392)]
+    return [*products, *rows]
+
+
 def triton_calls() -> list[AnyCall]:
     """What is compiled for each target, as Triton's backends name it."""
-    return [*_cross_entropy_triton(), *_layer_norm_triton(), *_attention_triton()]
+    rows = [*_cross_entropy_triton(), *_layer_norm_triton()]
+    return [*rows, *_attention_triton(), *_int8_triton()]
 
 
 _SHAPES = ((64, 1024), (512, 1024), (512, 1000), (2048, 768))

@@ -57,11 +57,29 @@ struct Plan {
   int64_t bytes;
 };
 
+// Blocks of gemv_kernel: one warp per kGemvOutputs columns, fewer of them a block where those would
+// not give every multiprocessor a block.
+struct GemvGrid {
+  int64_t blocks;
+  int warps;
+};
+
+inline GemvGrid gemv_grid(int64_t n, int multiprocessors) {
+  const int64_t groups = ceil_div(n, kGemvOutputs);
+  int warps = kGemvThreads / kWarp;
+  while (warps > 1 && groups / warps < multiprocessors) warps /= 2;
+  return {ceil_div(groups, warps), warps};
+}
+
 inline Plan plan(const Call& c, int multiprocessors) {
   Plan p{};
   const int64_t m = c.out.m, n = c.out.n, row_bytes = ceil_div(c.k, 16) * 16;
   p.gemv = m <= kGemvRows;
-  p.quantise = c.quantises() && !(p.gemv && m * c.k * c.x_bytes() <= kFusedBytes);
+  // A block of gemv_kernel that quantises x reads it twice: all of them half the weight at most.
+  const int64_t x_bytes = m * c.k * c.x_bytes();
+  const bool fused = p.gemv && x_bytes <= kFusedBytes &&
+                     2 * gemv_grid(n, multiprocessors).blocks * x_bytes <= n * c.k / 2;
+  p.quantise = c.quantises() && !fused;
   p.realign_x = !p.gemv && c.mode == Mode::kInt8 && !c.x_vectors;
   p.copy_weight = c.n_contiguous || (!p.gemv && !c.weight_vectors);
 
@@ -88,25 +106,31 @@ inline Plan plan(const Call& c, int multiprocessors) {
 }
 
 // ---- launches ----------------------------------------------------------------------------------
-inline void quantize_rows(const RowsArgs& given, DType dtype, bool normalized,
-                          cudaStream_t stream) {
+template <typename T, RowKind kKind>
+void launch_rows(RowsArgs a, Target target) {
+  constexpr const char* kName = "int8_matmul quantize_rows_kernel";
+  constexpr int kVec = kVectorBytes / static_cast<int>(sizeof(T));
+  constexpr int kItems = kKind == RowKind::kPlain ? kPlainItems : kNormalizedItems;
+  a.vectors = vectorisable(a.x_stride * static_cast<int64_t>(sizeof(T)), a.x);
+  a.parameters = vectorisable(0, a.weight, a.bias);
+  a.stores = (reinterpret_cast<uintptr_t>(a.values) | a.values_stride) % kVec == 0;
+  const int64_t cols = std::min<int64_t>(a.cols, int64_t{kItems} * kMaxRowThreads);
+  const dim3 block = row_block(cols, kVec, kItems, kGroupThreads);
+  int64_t blocks = ceil_div(a.rows, block.y);
+  if (kKind == RowKind::kNormalized) {
+    const unsigned resident = kMaxRowThreads / (block.x * block.y);
+    blocks = balanced_blocks(blocks, int64_t{target.multiprocessors} * resident);
+  }
+  quantize_rows_kernel<T, kKind><<<checked_grid(blocks, kName), block, 0, target.stream>>>(a);
+  check_launch(kName);
+}
+
+inline void quantize_rows(const RowsArgs& a, DType dtype, bool normalized, Target target) {
   with_float(dtype, [&]<typename T>() {
-    constexpr const char* kName = "int8_matmul quantize_rows_kernel";
-    constexpr int kVec = kVectorBytes / static_cast<int>(sizeof(T));
-    RowsArgs a = given;
-    a.vectors = vectorisable(a.x_stride * static_cast<int64_t>(sizeof(T)), a.x);
-    a.parameters = vectorisable(0, a.weight, a.bias);
-    a.stores =
-        (static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.values)) | a.values_stride) % kVec == 0;
-    const int64_t cols = std::min<int64_t>(a.cols, int64_t{kRowItems} * kMaxRowThreads);
-    const dim3 block = row_block(cols, kVec, kRowItems, kGroupThreads);
-    const unsigned grid = checked_grid(ceil_div(a.rows, block.y), kName);
-    if (normalized) {
-      quantize_rows_kernel<T, true><<<grid, block, 0, stream>>>(a);
-    } else {
-      quantize_rows_kernel<T, false><<<grid, block, 0, stream>>>(a);
-    }
-    check_launch(kName);
+    if (!normalized) return launch_rows<T, RowKind::kPlain>(a, target);
+    const bool fits = a.cols <= int64_t{kNormalizedItems} * kMaxRowThreads;
+    if (fits) return launch_rows<T, RowKind::kNormalized>(a, target);
+    launch_rows<T, RowKind::kLongNormalized>(a, target);
   });
 }
 
@@ -129,13 +153,11 @@ template <bool kInteger>
 void gemv(GemvArgs a, Target target) {
   constexpr const char* kName = "int8_matmul gemv_kernel";
   constexpr int kBytes = kInteger ? 1 : 4;
-  a.slice =
-      static_cast<int>(std::min<int64_t>(ceil_div(a.k, kGemvStep) * kGemvStep,
-                                         kGemvShared / kBytes / a.out.m / kGemvStep * kGemvStep));
-  const int64_t groups = ceil_div(a.out.n, kGemvOutputs);
-  int warps = kGemvThreads / kWarp;
-  while (warps > 1 && groups / warps < 2 * target.multiprocessors) warps /= 2;
-  const unsigned grid = checked_grid(ceil_div(groups, warps), kName);
+  constexpr int kBatch = kGemvSteps * kGemvStep;
+  const int64_t most = kGemvShared / kBytes / a.out.m / kBatch;
+  a.slice = static_cast<int>(std::min(ceil_div(a.k, kBatch), most)) * kBatch;
+  const auto [blocks, warps] = gemv_grid(a.out.n, target.multiprocessors);
+  const unsigned grid = checked_grid(blocks, kName);
   const size_t shared = static_cast<size_t>(a.slice) * kBytes * a.out.m;
   gemv_kernel<kInteger><<<grid, warps * kWarp, shared, target.stream>>>(a);
   check_launch(kName);
@@ -168,10 +190,10 @@ void gemm(const GemmArgs& a, int splits, cudaStream_t stream) {
                     Shape::kThreads, Shape::kShared, stream);
 }
 
-inline void float_gemm(const FloatGemmArgs& a, DType dtype, int splits, cudaStream_t stream) {
+inline void weight_only(const WeightOnlyArgs& a, DType dtype, int splits, cudaStream_t stream) {
   with_float(dtype, [&]<typename T>() {
-    using Shape = FloatGemmShape<T>;
-    launch_tiles<float>(float_gemm_kernel<T>, "int8_matmul float_gemm_kernel", a, Shape::kRows,
+    using Shape = WeightOnlyShape<T>;
+    launch_tiles<float>(weight_only_kernel<T>, "int8_matmul weight_only_kernel", a, Shape::kRows,
                         splits, Shape::kThreads, Shape::kShared, stream);
   });
 }
@@ -191,7 +213,7 @@ inline void matmul(Call c, char* workspace, Target target) {
     rows.scale = reinterpret_cast<float*>(workspace + p.scales);
     rows.rows = c.out.m;
     rows.cols = c.k;
-    quantize_rows(rows, c.x_dtype, false, target.stream);
+    quantize_rows(rows, c.x_dtype, false, target);
     c.mode = Mode::kInt8;
     c.out.x_scale = rows.scale;
     c.out.x_scale_step = 1;
@@ -220,9 +242,9 @@ inline void matmul(Call c, char* workspace, Target target) {
   }
   if (p.splits > 1) c.out.parts = workspace + p.parts;
   if (c.mode == Mode::kWeightOnly) {
-    const FloatGemmArgs a{c.x, c.x_stride,    c.x_vectors, c.weight, c.weight_stride,
-                          c.k, p.split_steps, c.out};
-    return float_gemm(a, c.x_dtype, p.splits, target.stream);
+    const WeightOnlyArgs a{c.x, c.x_stride,    c.x_vectors, c.weight, c.weight_stride,
+                           c.k, p.split_steps, c.out};
+    return weight_only(a, c.x_dtype, p.splits, target.stream);
   }
   const GemmArgs a{static_cast<const int8_t*>(c.x),
                    c.weight,

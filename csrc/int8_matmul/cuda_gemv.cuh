@@ -13,6 +13,7 @@ namespace kernels::int8_matmul {
 
 constexpr int kGemvRows = 8, kGemvOutputs = 2, kGemvThreads = 256;
 constexpr int kGemvStep = 16 * kWarp;       // columns a warp takes at a time
+constexpr int kGemvSteps = 2;               // of those that it loads before it needs them
 constexpr int kGemvShared = 32 * 1024;      // bytes of a slice of all rows
 constexpr int64_t kFusedBytes = 16 * 1024;  // of x, which every block then quantises by itself
 
@@ -25,7 +26,7 @@ struct GemvArgs {
   const int8_t* weight;      // [n, k], K contiguous
   int64_t weight_stride;
   bool weight_vectors;  // its rows start on 16-byte boundaries
-  int k, slice;         // slice: columns of x in shared memory, a multiple of kGemvStep
+  int k, slice;         // slice: columns of x in shared memory, a multiple of what a warp loads
   Epilogue out;
 };
 
@@ -72,23 +73,25 @@ __device__ __forceinline__ int spread_four(int q) {
 
 // The quantisers of a float x's rows.
 __device__ __forceinline__ void find_quantizers(const GemvArgs& a, Quantizer (&found)[kGemvRows],
-                                                uint32_t (&scratch)[kWarp]) {
+                                                RowMaxScratch& scratch) {
+  int turn = 0;
   for (int row = 0; row < a.out.m; ++row) {
     uint32_t largest = 0;
     for_each_four(a, row, 0, a.k, [&](int, float (&values)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) largest = max(largest, magnitude_bits(values[i]));
     });
-    row_max(largest, scratch);
+    row_max(largest, scratch, turn);
     if (threadIdx.x == 0) found[row] = quantizer_of(largest, a.given_scale);
-    __syncthreads();  // it is there for all, and the scratch is free
   }
+  __syncthreads();  // they are there for all
 }
 
-// Columns first … first + slice of x's rows into shared memory.
+// Columns first … first + slice of x's rows into shared memory, as whole steps.
 template <bool kInteger>
-__device__ __forceinline__ void fill_slice(const GemvArgs& a, int first, int width, void* memory,
+__device__ __forceinline__ void fill_slice(const GemvArgs& a, int first, void* memory,
                                            const Quantizer (&quantizers)[kGemvRows]) {
+  const int width = min((a.k - first + kGemvStep - 1) / kGemvStep * kGemvStep, a.slice);
   for (int row = 0; row < a.out.m; ++row) {
     if constexpr (!kInteger) {
       float4* to = static_cast<float4*>(memory) + row * a.slice / 4;
@@ -116,14 +119,14 @@ __device__ __forceinline__ void fill_slice(const GemvArgs& a, int first, int wid
   }
 }
 
-// sums[row][output] += the lane's 16 columns from `col` of the slice on.
-__device__ __forceinline__ void add_products(const GemvArgs& a, const int8_t* x, int col,
+// sums[row][output] += the lane's 16 columns of a step that starts at x.
+__device__ __forceinline__ void add_products(const GemvArgs& a, const int8_t* x,
                                              const uint4 (&w)[kGemvOutputs],
                                              int (&sums)[kGemvRows][kGemvOutputs]) {
 #pragma unroll
   for (int row = 0; row < kGemvRows; ++row) {
     if (row >= a.out.m) break;
-    const uint4 v = *reinterpret_cast<const uint4*>(x + row * a.slice + col);
+    const uint4 v = *reinterpret_cast<const uint4*>(x + row * a.slice + threadIdx.x % kWarp * 16);
 #pragma unroll
     for (int o = 0; o < kGemvOutputs; ++o) {
       sums[row][o] = __dp4a(static_cast<int>(v.x), static_cast<int>(w[o].x), sums[row][o]);
@@ -133,10 +136,10 @@ __device__ __forceinline__ void add_products(const GemvArgs& a, const int8_t* x,
     }
   }
 }
-__device__ __forceinline__ void add_products(const GemvArgs& a, const float* x, int col,
+__device__ __forceinline__ void add_products(const GemvArgs& a, const float* x,
                                              const uint4 (&w)[kGemvOutputs],
                                              float (&sums)[kGemvRows][kGemvOutputs]) {
-  const int lane = col / 16 % kWarp, step = col / kGemvStep * kGemvStep;
+  const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int part = 0; part < 4; ++part) {  // four columns each
     float weights[kGemvOutputs][4];
@@ -148,7 +151,7 @@ __device__ __forceinline__ void add_products(const GemvArgs& a, const float* x, 
     for (int row = 0; row < kGemvRows; ++row) {
       if (row >= a.out.m) break;
       const auto v =
-          Vec<float, 4>::load(x + row * a.slice + step + 4 * (part * kWarp + (lane ^ 2 * part)));
+          Vec<float, 4>::load(x + row * a.slice + 4 * (part * kWarp + (lane ^ 2 * part)));
 #pragma unroll
       for (int o = 0; o < kGemvOutputs; ++o) {
 #pragma unroll
@@ -158,40 +161,20 @@ __device__ __forceinline__ void add_products(const GemvArgs& a, const float* x, 
   }
 }
 
-// The same for all columns of a slice, `first` … first + width: two steps of whole 16 bytes at a
-// time, so that all their loads are under way, then what is left of the row, or unaligned.
-template <typename Sum, typename Element>
-__device__ __forceinline__ void add_slice(const GemvArgs& a, const Element* x,
-                                          const int8_t* const (&weight)[kGemvOutputs], int first,
-                                          int width, Sum (&sums)[kGemvRows][kGemvOutputs]) {
-  constexpr int kSteps = 2;
-  const int lane = threadIdx.x % kWarp, there = min(a.k - first, width);
-  const int whole = a.weight_vectors ? there / 16 * 16 : 0;
-#pragma unroll 1
-  for (int col = 16 * lane; col < whole; col += kSteps * kGemvStep) {
-    uint4 w[kSteps][kGemvOutputs];
+// What a lane has of kGemvSteps steps of the weight.
+using WeightSteps = uint4[kGemvSteps][kGemvOutputs];
+
+// The whole 16 bytes from `col` on and of the steps behind it, as far as `whole`; else zeros.
+__device__ __forceinline__ void load_steps(const int8_t* const (&weight)[kGemvOutputs], int col,
+                                           int whole, WeightSteps& w) {
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-#pragma unroll
-      for (int o = 0; o < kGemvOutputs; ++o) {
-        const int at = col + s * kGemvStep;
-        w[s][o] = make_uint4(0, 0, 0, 0);
-        if (at < whole) w[s][o] = *reinterpret_cast<const uint4*>(weight[o] + first + at);
-      }
-    }
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      if (col + s * kGemvStep < whole) add_products(a, x, col + s * kGemvStep, w[s], sums);
-    }
-  }
-#pragma unroll 1
-  for (int col = whole + 16 * lane; col < there; col += kGemvStep) {
-    uint4 w[kGemvOutputs];
+  for (int s = 0; s < kGemvSteps; ++s) {
 #pragma unroll
     for (int o = 0; o < kGemvOutputs; ++o) {
-      w[o] = load_bytes16(weight[o] + first + col, there - col, a.weight_vectors);
+      const int at = col + s * kGemvStep;
+      w[s][o] = make_uint4(0, 0, 0, 0);
+      if (at < whole) w[s][o] = *reinterpret_cast<const uint4*>(weight[o] + at);
     }
-    add_products(a, x, col, w, sums);
   }
 }
 
@@ -201,11 +184,7 @@ __global__ void __launch_bounds__(kGemvThreads) gemv_kernel(const GemvArgs a) {
   using Element = std::conditional_t<kInteger, int8_t, float>;
   extern __shared__ __align__(kVectorBytes) unsigned char memory[];
   __shared__ Quantizer quantizers[kGemvRows];
-  __shared__ uint32_t max_scratch[kWarp];
-  const bool fused = kInteger && !a.x_is_int8;
-  if constexpr (kInteger) {
-    if (fused) find_quantizers(a, quantizers, max_scratch);
-  }
+  __shared__ RowMaxScratch max_scratch;
   const int lane = threadIdx.x % kWarp;
   const int group = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   const int column = group * kGemvOutputs;
@@ -215,13 +194,41 @@ __global__ void __launch_bounds__(kGemvThreads) gemv_kernel(const GemvArgs a) {
     weight[o] = a.weight + int64_t{min(column + o, a.out.n - 1)} * a.weight_stride;
   }
 
+  constexpr int kBatch = kGemvSteps * kGemvStep;
+  const int whole = a.weight_vectors ? a.k / 16 * 16 : 0;
+  WeightSteps w, next;  // the weight's bytes set out before x is looked at
+  load_steps(weight, 16 * lane, whole, next);
+  const bool fused = kInteger && !a.x_is_int8;
+  if constexpr (kInteger) {
+    if (fused) find_quantizers(a, quantizers, max_scratch);
+  }
   Sum sums[kGemvRows][kGemvOutputs] = {};
-  for (int first = 0; first < a.k; first += a.slice) {
-    const int width = min((a.k - first + kGemvStep - 1) / kGemvStep * kGemvStep, a.slice);
-    if (first > 0) __syncthreads();  // the slice before has been read
-    fill_slice<kInteger>(a, first, width, memory, quantizers);
-    __syncthreads();
-    add_slice(a, reinterpret_cast<const Element*>(memory), weight, first, width, sums);
+#pragma unroll 1
+  for (int col0 = 0; col0 < a.k; col0 += kBatch) {
+    const int col = col0 + 16 * lane, in_slice = col0 % a.slice;
+    if (in_slice == 0) {
+      if (col0 > 0) __syncthreads();  // the slice before has been read
+      fill_slice<kInteger>(a, col0, memory, quantizers);
+      __syncthreads();
+    }
+#pragma unroll
+    for (int s = 0; s < kGemvSteps; ++s) {
+#pragma unroll
+      for (int o = 0; o < kGemvOutputs; ++o) w[s][o] = next[s][o];
+    }
+    load_steps(weight, col + kBatch, whole, next);
+#pragma unroll
+    for (int s = 0; s < kGemvSteps; ++s) {
+      const int at = col + s * kGemvStep;
+      if (at >= whole && at < a.k) {  // the end of a row, or rows off 16-byte boundaries
+#pragma unroll
+        for (int o = 0; o < kGemvOutputs; ++o) {
+          w[s][o] = load_bytes16(weight[o] + at, a.k - at, false);
+        }
+      }
+      const auto* x = reinterpret_cast<const Element*>(memory) + in_slice + s * kGemvStep;
+      if (col0 + s * kGemvStep < a.k) add_products(a, x, w[s], sums);
+    }
   }
 
   Sum own = 0;  // lane row * kGemvOutputs + o has y[row][column + o]

@@ -14,7 +14,7 @@
 namespace kernels::int8_matmul {
 
 template <typename T>
-struct FloatGemmShape {
+struct WeightOnlyShape {
   static constexpr int kRows = 64, kThreads = 4 * kWarp;
   static constexpr int kDepth = 128 / static_cast<int>(sizeof(T));  // columns of a stage
   static constexpr size_t kShared = 2 * 2 * kRows * 128;
@@ -22,7 +22,7 @@ struct FloatGemmShape {
   static constexpr int kBlocks = sizeof(T) == 2 ? 3 : 2;    // of a multiprocessor
 };
 
-struct FloatGemmArgs {
+struct WeightOnlyArgs {
   const void* x;  // [m, k]
   int64_t x_stride;
   bool x_vectors;
@@ -91,9 +91,9 @@ __device__ __forceinline__ void multiply_weights(Accumulator (&c)[kM][kN], Tile<
 }
 
 template <typename T>
-__global__ void __launch_bounds__(FloatGemmShape<T>::kThreads, FloatGemmShape<T>::kBlocks)
-    float_gemm_kernel(const __grid_constant__ FloatGemmArgs a) {
-  using Shape = FloatGemmShape<T>;
+__global__ void __launch_bounds__(WeightOnlyShape<T>::kThreads, WeightOnlyShape<T>::kBlocks)
+    weight_only_kernel(const __grid_constant__ WeightOnlyArgs a) {
+  using Shape = WeightOnlyShape<T>;
   constexpr int kRows = Shape::kRows, kDepth = Shape::kDepth, kM = 2, kN = 4;
   constexpr int kPieces = kDepth / 16;                       // of a row of the weight
   constexpr int kLoads = kRows * kPieces / Shape::kThreads;  // of a thread

@@ -59,7 +59,7 @@ void int8_matmul_forward(Arguments& given) {
 }
 
 // x, its stride and dtype, whether layer norm comes first, its weight and bias with their dtypes,
-// eps, values, scale, rows, cols, device, stream.
+// eps, values, scale, rows, cols, multiprocessors, device, stream.
 void int8_matmul_rows(Arguments& given) {
   RowsArgs a{};
   a.x = given.pointer();
@@ -74,11 +74,12 @@ void int8_matmul_rows(Arguments& given) {
   a.values = given.pointer<int8_t>();
   a.scale = given.pointer<float>();
   a.rows = given.take<int64_t>();
-  a.cols = a.values_stride = given.take<int64_t>();
+  a.values_stride = a.cols = given.take<int>();
+  const int multiprocessors = given.take<int>();
   const DeviceGuard guard(given.take<int>());
   auto* stream = given.pointer<CUstream_st>();
   given.end();
-  quantize_rows(a, dtype, normalized, stream);
+  quantize_rows(a, dtype, normalized, {multiprocessors, stream});
 }
 
 }  // namespace

@@ -54,58 +54,60 @@ def forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor]:
     """(y [M, N],) of x [M, K] and weight [N, K]: README.md says what each mode computes."""
-    cols, depth = weight.shape
     if mode in ("dynamic", "static"):
-        width = triton_plan.padded_width(x.shape[0], depth)
+        width = triton_plan.padded_width(x.shape[0], weight.shape[1])
         x, x_scale = quantize_rows(x, x_scale if mode == "static" else None, width=width)
     x, weight = triton_plan.prepared(x, weight)
-    rows, depth = x.shape
     out_dtype = torch.int32 if mode == "raw" else out_dtype
-    y = torch.empty(rows, cols, dtype=out_dtype, device=x.device)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
     with _triton.device_of(x):
-        layout = triton_plan.layout(x, weight)
-        plan = triton_plan.plan(x, weight, layout, activation)
-        after = (x_scale, weight_scale, bias)
-        strides = tuple(int(s is not None and s.numel() > 1) for s in (x_scale, weight_scale))
-        out, shared = y, plan.parts > 1
-        if shared:
-            sums = torch.float32 if x.is_floating_point() else torch.int32
-            out = torch.empty(plan.parts, rows, cols, dtype=sums, device=x.device)
-        product_kernel[(plan.tiles, plan.parts)](
-            x,
-            weight,
-            *((None,) * 3 if shared else after),
-            out,
-            rows,
-            cols // layout.vec_n,
-            depth // layout.vec_k,
-            layout.stride_a,
-            layout.stride_b,
-            *strides,
-            plan.part_blocks,
-            VEC_K=layout.vec_k,
-            VEC_N=layout.vec_n,
-            ALONG_K=layout.along_k,
-            WHOLE_K=depth % plan.tile["BLOCK_K"] == 0,
-            WHOLE_N=cols % plan.tile["BLOCK_N"] == 0,
-            SPLIT=x.dtype == torch.float32 and not _triton.interpreted(product_kernel),
-            ACTIVATION="none" if shared else activation,
-            **plan.tile,
-            **_triton.LAUNCH,
-        )
-        if shared:
-            combine_kernel[(rows, triton.cdiv(cols, triton_plan.COMBINE_BLOCK))](
-                out,
-                *after,
-                y,
-                rows,
-                cols // layout.vec_n,
-                *strides,
-                plan.parts,
-                VEC_N=layout.vec_n,
-                ACTIVATION=activation,
-                BLOCK_N=triton_plan.COMBINE_BLOCK,
-                num_warps=triton_plan.COMBINE_WARPS,
-                **_triton.LAUNCH,
-            )
+        _multiply(x, weight, (x_scale, weight_scale, bias), activation, y)
     return (y,)
+
+
+def _multiply(
+    x: Tensor,
+    weight: Tensor,
+    factors: tuple[Tensor | None, Tensor | None, Tensor | None],  # both scales and the bias
+    activation: str,
+    y: Tensor,
+) -> None:
+    (rows, depth), cols = x.shape, weight.shape[0]
+    layout = triton_plan.layout(x, weight)
+    plan = triton_plan.plan(x, weight, layout, activation)
+    tile, shared = plan.tile, plan.parts > 1
+    out = y
+    if shared:
+        sums = torch.float32 if x.is_floating_point() else torch.int32
+        out = torch.empty(plan.parts, rows, cols, dtype=sums, device=x.device)
+    strides = tuple(int(scale is not None and scale.numel() > 1) for scale in factors[:2])
+    vectors_n = cols // layout.vec_n
+    product_kernel[(plan.tiles, plan.parts)](
+        x,
+        weight,
+        *((None,) * 3 if shared else factors),
+        out,
+        rows,
+        vectors_n,
+        depth // layout.vec_k,
+        layout.stride_a,
+        layout.stride_b,
+        *strides,
+        plan.part_blocks,
+        VEC_K=layout.vec_k,
+        VEC_N=layout.vec_n,
+        ALONG_K=layout.along_k,
+        WHOLE_K=depth % tile["BLOCK_K"] == 0,
+        WHOLE_N=cols % tile["BLOCK_N"] == 0,
+        SPLIT=x.dtype == torch.float32 and not _triton.interpreted(product_kernel),
+        ACTIVATION="none" if shared else activation,
+        **tile,
+        **_triton.LAUNCH,
+    )
+    if shared:
+        blocks = triton.cdiv(cols, triton_plan.COMBINE_BLOCK)
+        flags = {"VEC_N": layout.vec_n, "ACTIVATION": activation, **_triton.LAUNCH}
+        flags |= {"BLOCK_N": triton_plan.COMBINE_BLOCK, "num_warps": triton_plan.COMBINE_WARPS}
+        combine_kernel[(rows, blocks)](
+            out, *factors, y, rows, vectors_n, *strides, plan.parts, **flags
+        )

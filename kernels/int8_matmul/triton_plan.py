@@ -15,14 +15,15 @@ NARROW = 4  # bytes; what is read by less cannot be copied asynchronously
 # From so many rows on both matrices are first copied to rows of whole vectors: a copy moves each
 # byte of the weight three times, the product of narrow loads takes several instructions for each.
 NARROW_ROWS = 17
-# A weight that is contiguous along N has its bytes transposed by every program that reads them,
-# which 1024 rows of 128 to a tile do eight times.
+# A weight that is contiguous along N has its bytes transposed by every program that reads them:
+# eight times where 1024 rows make eight tiles.
 TRANSPOSED_ROWS = 1024
 
-# Per architecture and bytes of the elements that are multiplied: (1 where the tile is for plain
-# calls only, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), the largest tile first.  Chosen by
-# what the compilers say, not timed: of the tiles tried, those whose accumulators and epilogue fit
-# the registers and whose stages the shared memory.  bench/gates.json has what they take.
+# Per architecture and bytes of an element of a: (1 where the tile is for plain calls only, without
+# gelu and with vectors of 16 bytes; BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), the largest
+# tile first.  Chosen by what the compilers say, not timed: of the tiles tried, the largest whose
+# sums and epilogue fit the registers, and whose stages the shared memory, with Triton 3.5 to 3.9.
+# What they take is in bench/gates.json.
 SMALL = (
     (0, 64, 128, 64, 4, 4), (0, 64, 64, 128, 4, 4), (0, 32, 64, 128, 4, 4), (0, 32, 32, 128, 4, 4),
     (0, 16, 64, 256, 4, 4), (0, 16, 32, 256, 4, 4),
@@ -34,7 +35,7 @@ SMALL_HALF = (
 SMALL_SINGLE = ((0, 64, 128, 32, 4, 3), (0, 16, 64, 64, 4, 4), (0, 16, 32, 128, 4, 3))
 TILES: dict[str, dict[int, tuple[tuple[int, ...], ...]]] = {
     "sm_80": {
-        1: ((1, 128, 256, 64, 8, 3), (0, 128, 128, 128, 8, 3), *SMALL),
+        1: ((0, 128, 128, 128, 8, 3), *SMALL),
         2: ((0, 128, 128, 64, 8, 3), *SMALL_HALF),
         4: ((0, 128, 128, 32, 8, 3), *SMALL_SINGLE),
     },
@@ -49,7 +50,7 @@ TILES: dict[str, dict[int, tuple[tuple[int, ...], ...]]] = {
         4: ((0, 128, 128, 64, 8, 3), *SMALL_SINGLE),
     },
     "sm_100": {
-        1: ((1, 128, 256, 64, 8, 4), (0, 128, 128, 128, 8, 4), *SMALL),
+        1: ((0, 128, 128, 128, 8, 4), *SMALL),
         2: ((0, 128, 128, 64, 8, 4), *SMALL_HALF),
         4: ((0, 128, 128, 32, 8, 3), *SMALL_SINGLE),
     },

@@ -1,7 +1,8 @@
 """Matrix products with an int8 weight in Triton: a program owns a tile of y and loops over K.
 
 Tiles come from memory by asynchronous copies and go through the tensor cores: int8 with int8 to
-int32, or floats with the weight converted to their dtype, to float32.  Programs that follow each
+int32; bfloat16 and float16 with the weight converted to their dtype; float32 in three pieces of
+bfloat16, which int8 is converted to exactly, so that no digit is lost.  Programs that follow each
 other share tiles of both matrices in the L2 cache.  Where y has few tiles, several programs share
 the K of one: each leaves its sum in a workspace, and a second kernel adds them in order.
 """

@@ -20,7 +20,7 @@ RESIDENT_COLS = 16384  # longer rows do not fit the registers of one program
 NORMALIZED_COLS = 8192  # weight and bias are held, too
 LONG_BLOCK_N, LONG_WARPS = 2048, 8  # 8 elements per thread and sweep step
 
-# (largest cols, BLOCK_M, num_warps): 32 elements of x per thread.
+# (largest cols, BLOCK_M, num_warps): 32 elements of x per thread, 16 where a row is near what fits.
 TILES = (
     (16, 64, 1),
     (32, 32, 1),
@@ -31,7 +31,6 @@ TILES = (
     (1024, 4, 4),
     (2048, 2, 4),
     (4096, 1, 4),
-    (8192, 1, 8),
     (RESIDENT_COLS, 1, 16),
 )
 
@@ -156,7 +155,7 @@ def _prepared_block(
     return x
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS[1:])
 def _long_rows_kernel(
     x_ptr,  # [rows, cols]
     weight_ptr,  # [cols], or None
@@ -164,7 +163,6 @@ def _long_rows_kernel(
     static_scale_ptr,  # [1], or None
     values_ptr,  # [rows, cols]
     scale_ptr,  # [rows]
-    rows,
     n_vec,
     stride,
     stride_values,
@@ -176,38 +174,38 @@ def _long_rows_kernel(
     cols = n_vec * VEC
     STATIC: tl.constexpr = static_scale_ptr is not None
     mean, rstd = 0.0, 1.0
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
-        row_ptr = x_ptr + row * stride * VEC
-        if NORMALIZED:
-            total = tl.zeros([BLOCK_N], tl.float32)
-            for block in range(0, cols, BLOCK_N):
-                total += _load_block(row_ptr, block + tl.arange(0, BLOCK_N), cols)
-            mean = tl.sum(total, 0) / cols
-            total = tl.zeros([BLOCK_N], tl.float32)
-            squares = tl.zeros([BLOCK_N], tl.float32)
-            for block in range(0, cols, BLOCK_N):
-                offs_n = block + tl.arange(0, BLOCK_N)
-                xc = tl.where(offs_n < cols, _load_block(row_ptr, offs_n, cols) - mean, 0.0)
-                total += xc
-                squares += xc * xc
-            shift = tl.sum(total, 0) / cols
-            mean += shift
-            rstd = tl.rsqrt(tl.sum(squares, 0) / cols - shift * shift + eps)
-        largest = tl.zeros([BLOCK_N], tl.int32)
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = x_ptr + row * stride * VEC
+    if NORMALIZED:
+        total = tl.zeros([BLOCK_N], tl.float32)
         for block in range(0, cols, BLOCK_N):
-            x = _prepared_block(
-                row_ptr, weight_ptr, bias_ptr, block + tl.arange(0, BLOCK_N), cols, mean, rstd,
-                NORMALIZED,
-            )  # fmt: skip
-            largest = tl.maximum(largest, _magnitude(x))
-        top = tl.max(largest, 0)[None]
-        inverse, scale, counts = _factors(top, static_scale_ptr, STATIC)
+            total += _load_block(row_ptr, block + tl.arange(0, BLOCK_N), cols)
+        mean = tl.sum(total, 0) / cols
+        total = tl.zeros([BLOCK_N], tl.float32)
+        squares = tl.zeros([BLOCK_N], tl.float32)
         for block in range(0, cols, BLOCK_N):
             offs_n = block + tl.arange(0, BLOCK_N)
-            x = _prepared_block(row_ptr, weight_ptr, bias_ptr, offs_n, cols, mean, rstd, NORMALIZED)
-            q = _quantized(x, inverse, counts, STATIC)
-            tl.store(values_ptr + row * stride_values * VEC + offs_n, q, mask=offs_n < cols)
-        tl.store(scale_ptr + row + tl.arange(0, 1), scale)
+            xc = tl.where(offs_n < cols, _load_block(row_ptr, offs_n, cols) - mean, 0.0)
+            total += xc
+            squares += xc * xc
+        shift = tl.sum(total, 0) / cols
+        mean += shift
+        rstd = tl.rsqrt(tl.sum(squares, 0) / cols - shift * shift + eps)
+    largest = tl.zeros([BLOCK_N], tl.int32)
+    for block in range(0, cols, BLOCK_N):
+        x = _prepared_block(
+            row_ptr, weight_ptr, bias_ptr, block + tl.arange(0, BLOCK_N), cols, mean, rstd,
+            NORMALIZED,
+        )  # fmt: skip
+        largest = tl.maximum(largest, _magnitude(x))
+    top = tl.max(largest, 0)[None]
+    inverse, scale, counts = _factors(top, static_scale_ptr, STATIC)
+    for block in range(0, cols, BLOCK_N):
+        offs_n = block + tl.arange(0, BLOCK_N)
+        x = _prepared_block(row_ptr, weight_ptr, bias_ptr, offs_n, cols, mean, rstd, NORMALIZED)
+        q = _quantized(x, inverse, counts, STATIC)
+        tl.store(values_ptr + row * stride_values * VEC + offs_n, q, mask=offs_n < cols)
+    tl.store(scale_ptr + row + tl.arange(0, 1), scale)
 
 
 def quantize_rows(
@@ -235,18 +233,17 @@ def quantize_rows(
     vec = 1 if x.data_ptr() % VECTOR else vec  # Triton looks no further either
     limit = NORMALIZED_COLS if normalized else RESIDENT_COLS
     tensors = x, weight, bias, static_scale, values, scale
-    numbers = rows, cols // vec, stride // vec, width // vec, eps
+    numbers = cols // vec, stride // vec, width // vec, eps
     flags = {"VEC": vec, "NORMALIZED": normalized, **_triton.LAUNCH}
     with _triton.device_of(x):
         if _triton.resident(limit, cols, vec):
             block_m, num_warps = _triton.tile(TILES, x, cols, vec)
             grid = (_triton.programs(triton.cdiv(rows, block_m), _triton.wave(x, num_warps)),)
             blocks = {"BLOCK_M": block_m, "BLOCK_N": triton.next_power_of_2(cols)}
-            _rows_kernel[grid](*tensors, *numbers, **flags, **blocks, num_warps=num_warps)
+            _rows_kernel[grid](*tensors, rows, *numbers, **flags, **blocks, num_warps=num_warps)
         else:
-            grid = (_triton.programs(rows, _triton.wave(x, LONG_WARPS)),)
             blocks = {"BLOCK_N": LONG_BLOCK_N}
-            _long_rows_kernel[grid](*tensors, *numbers, **flags, **blocks, num_warps=LONG_WARPS)
+            _long_rows_kernel[(rows,)](*tensors, *numbers, **flags, **blocks, num_warps=LONG_WARPS)
     return values, scale
 
 

@@ -15,10 +15,10 @@ from tests.machine_code import REGISTERS, Usage, targets, usages
 # Kernel -> its instances, and the threads that are to be resident on a multiprocessor.
 KERNELS = {
     "gemm_kernel": (2, 128 * 2),
-    "float_gemm_kernel": (3, 128 * 3),
+    "weight_only_kernel": (3, 128 * 3),
     "add_parts_kernel": (2, 128 * 8),
     "gemv_kernel": (2, 256 * 3),
-    "quantize_rows_kernel": (6, 512),
+    "quantize_rows_kernel": (9, 640),
     "transpose_kernel": (1, 256 * 4),
     "realign_kernel": (1, 256 * 4),
 }
@@ -75,11 +75,14 @@ def test_the_loop_over_the_depth_is_products_and_what_feeds_them(compiled: Compi
         assert count(loop, "BAR.") == 1
 
 
-def test_weights_are_loaded_16_bytes_a_lane(compiled: Compiled) -> None:
-    """Four loads of a lane are under way before the first product: two steps of two columns."""
+def test_weights_are_loaded_before_they_are_needed(compiled: Compiled) -> None:
+    """16 bytes a lane for two steps of two columns: of the first batch ahead of the barrier behind
+    which its products stand, and of the next batch ahead of those products."""
     for integer, product in enumerate(("FFMA", "IDP")):
-        loop = compiled.loop(f"gemv_kernelILb{integer}E", product)
-        first = next(at for at, opcode in enumerate(loop) if opcode.startswith(product))
-        loads = [opcode for opcode in loop[:first] if opcode.startswith("LDG")]
-        assert len(loads) == 4
-        assert all(".128" in opcode for opcode in loads)
+        (name,) = (name for name in compiled.listings if f"gemv_kernelILb{integer}E" in name)
+        opcodes = [i.opcode for i in compiled.listings[name]]
+        first = next(at for at, opcode in enumerate(opcodes) if opcode.startswith(product))
+        barrier = max(at for at, opcode in enumerate(opcodes[:first]) if opcode.startswith("BAR."))
+        wide = [opcode.startswith("LDG") and ".128" in opcode for opcode in opcodes]
+        assert sum(wide[:barrier]) >= 4
+        assert sum(wide[barrier:first]) == 4

@@ -8,6 +8,7 @@ from torch import Tensor
 from kernels import _gpu, _native
 from kernels._gpu import address
 from kernels._native import DTYPE_CODES, dtype_refusal
+from kernels.int8_matmul.cuda import MAX_SIZE
 
 backward = None
 
@@ -23,6 +24,8 @@ def unsupported(
     for name, tensor in (("input", x), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in DTYPE_CODES:
             return dtype_refusal(name, tensor)
+    if x.shape[1] > MAX_SIZE:
+        return f"rows of {x.shape[1]} exceed {MAX_SIZE}"
     return None
 
 
@@ -51,6 +54,7 @@ def forward(
         address(scale),
         rows,
         cols,
+        _gpu.multiprocessors(x),
         _gpu.device_index(x),
         _gpu.stream(x),
     )

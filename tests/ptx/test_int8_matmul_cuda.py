@@ -1,8 +1,8 @@
 """Int8 matmul's CUDA kernels from the PTX that nvcc makes of them: numbers against float64, and
 nothing for the executor to report.
 
-Each dtype runs on one architecture, sm_100a in the sweep: its code is that of sm_90a, and compiling
-it takes half a minute.  All dtypes on all architectures under all schedulers are `-m sweep`.
+All kernels run with one dtype on sm_80, those that differ by dtype with another on sm_90a. All
+dtypes on all architectures under all schedulers are `-m sweep`: what takes the time is compiling.
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ from tests.ptx.int8_cases import (
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
-PAIRS = [("sm_90a", torch.float32), ("sm_80", torch.bfloat16)]
-on_every_pair = pytest.mark.parametrize(
-    ("arch", "dtype"),
-    [
-        pytest.param(*pair, marks=[] if pair in PAIRS else pytest.mark.sweep)
+
+def on_every_pair(*default: tuple[str, torch.dtype]) -> pytest.MarkDecorator:
+    """Architectures and dtypes; those not in `default` under `sweep`."""
+    pairs = [
+        pytest.param(*pair, marks=[] if pair in default else pytest.mark.sweep)
         for pair in itertools.product(ARCHS, FLOATS)
-    ],
-    ids=str,
-)
+    ]
+    return pytest.mark.parametrize(("arch", "dtype"), pairs, ids=str)
+
+
+FIRST, SECOND = ("sm_80", torch.bfloat16), ("sm_90a", torch.float32)
+
 # What a call has besides its sizes and its mode; each size meets another of these.
 VARIANTS = (
     Options(),
@@ -81,19 +84,34 @@ def kernels_of(session: ptx.Session) -> set[str]:
     }
 
 
-@on_every_pair
+@on_every_pair(FIRST)
 def test_few_rows(arch, dtype):
     """1 to 8 rows, columns that fill no warp, depths around 16 bytes, steps and slices."""
     depths = (1, 5, 15, 16, 17, 31, 100, 496, 511, 512, 513, 530, 1023, 1024, 1040, 1111)
     sizes = [(1 + turn % 8, 1 + turn % 5, k) for turn, k in enumerate(depths)]
-    # Slices: of 32768 bytes of int8, of 8192 numbers of fp32. Two rows of 8 KiB are not fused.
+    # Slices: of 32768 bytes of int8, of 8192 numbers of fp32.
     sizes += [(8, 17, 1090), (8, 3, 4128), (8, 2, 4111), (2, 3, 4100), (8, 20, 1090)]
     names = run(arch, dtype, sizes)
     names |= run(arch, dtype, sizes[::-1], MODES[2:])
     assert names == {"gemv_kernel", "transpose_kernel", "quantize_rows_kernel"}
 
 
-@on_every_pair
+@on_every_pair(FIRST)
+def test_one_launch_quantises_and_multiplies_where_that_reads_little(arch, dtype):
+    """Every block reads x twice: half the weight at most, and 16 KiB."""
+    row = 4 // dtype.itemsize  # rows of 4 bytes a column
+    for turn, (m, n, k) in enumerate([(row, 64, 70), (row, 128, 1050), (1, 100, 3001)]):
+        for mode in ("dynamic", "static"):
+            with ptx.run(arch, schedule=SCHEDULES[turn], multiprocessors=1) as session:
+                check(cuda, m, n, k, replace(VARIANTS[turn], mode=mode, dtype=dtype))
+            assert "quantize_rows_kernel" not in kernels_of(session)
+    for m, n, k in ((row + 1, 64, 70), (row, 60, 70), (1, 100, 8200)):
+        with ptx.run(arch, multiprocessors=1) as session:
+            check(cuda, m, n, k, Options(mode="dynamic", dtype=dtype))
+        assert "quantize_rows_kernel" in kernels_of(session)
+
+
+@on_every_pair(FIRST, SECOND)
 def test_tiles(arch, dtype):
     """Residues of rows, columns and depth to the tiles, on both sides of a tile's end."""
     ends = (9, 16, 31, 33, 48, 63, 64, 65, 72, 80, 95, 100, 127, 129)
@@ -105,7 +123,7 @@ def test_tiles(arch, dtype):
     names = run(arch, dtype, sizes, multiprocessors=100)
     assert names == {
         "gemm_kernel",
-        "float_gemm_kernel",
+        "weight_only_kernel",
         "quantize_rows_kernel",
         "transpose_kernel",
         "realign_kernel",
@@ -122,16 +140,15 @@ def test_every_residue(arch):
         run(arch, torch.bfloat16, sizes, [mode])
 
 
-@on_every_pair
+@on_every_pair(FIRST)
 def test_large_tiles(arch, dtype):
     """One multiprocessor has enough work for tiles of 128 rows and columns, in groups of 16."""
     sizes = [(128, 128, 64), (129, 140, 65), (250, 130, 200), (20, 260, 320)]
     assert "gemm_kernel" in run(arch, dtype, sizes, QUANTISED[::-1])
-    sizes = [(2060, 129, 16), (1100, 70, 32)] if arch == "sm_80" else []
-    run(arch, dtype, sizes, ["raw", "weight_only"])
+    run(arch, dtype, [(2060, 129, 16), (1100, 70, 32)], ["raw", "weight_only"])
 
 
-@on_every_pair
+@on_every_pair(FIRST)
 def test_shared_columns(arch, dtype):
     """Blocks that share the depth: splits of equal size, a shorter last one, a last one of 1."""
     sizes = [(9, 20, 1024), (70, 61, 1090), (17, 65, 2100), (20, 30, 1537), (33, 2, 1620)]
@@ -152,10 +169,10 @@ def test_the_largest_sums_are_exact(m):
             check_call(cuda, (x, weight, None, None, None, "none", "raw", torch.int32))
 
 
-@pytest.mark.parametrize("m", [7, 20])
-def test_rows_that_are_no_numbers(m):
+@pytest.mark.parametrize(("m", "arch"), [(7, "sm_80"), (20, "sm_90a")])
+def test_rows_that_are_no_numbers(m, arch):
     """NaN and infinite rows give NaN, whatever else; rows of zeros and tiny ones the bias."""
-    for mode, arch in itertools.product(("dynamic", "static", "weight_only"), ("sm_80", "sm_90a")):
+    for mode in ("dynamic", "static", "weight_only"):
         options = Options(mode=mode, dtype=torch.float32, bias=torch.float32, activation="relu")
         given = arguments(m, 20, 300, options)
         x = given[0]
@@ -169,10 +186,10 @@ def test_rows_that_are_no_numbers(m):
 
 def test_results_do_not_depend_on_the_order_of_threads():
     for m, mode in itertools.product((3, 20), ("dynamic", "weight_only")):
-        given = arguments(m, 40, 1100, Options(mode=mode, dtype=torch.float32))
+        given = arguments(m, 40, 1100, Options(mode=mode))
         found = []
         for schedule in SCHEDULES:
-            with ptx.run("sm_90a", schedule=schedule, multiprocessors=16):
+            with ptx.run("sm_80", schedule=schedule, multiprocessors=16):
                 found.append(cuda.forward(*given)[0])
         assert all(torch.equal(found[0], other) for other in found[1:])
 
@@ -181,7 +198,7 @@ def test_16_bytes_a_lane_and_no_bank_conflicts():
     """Of the products: the weight, x and partial sums; epilogues read their factors, too."""
     calls = {
         "gemm_kernel": (130, 128, 256, "int8"),
-        "float_gemm_kernel": (64, 128, 512, "weight_only"),
+        "weight_only_kernel": (64, 128, 512, "weight_only"),
         "gemv_kernel": (4, 64, 1024, "int8"),
         "add_parts_kernel": (20, 64, 1024, "int8"),
         "transpose_kernel": (20, 64, 1024, "int8"),
@@ -199,10 +216,10 @@ def test_16_bytes_a_lane_and_no_bank_conflicts():
             assert wide > 0.8 * sum(s["bytes"] for s in loads), kernel
 
 
-@on_every_pair
+@on_every_pair(FIRST, SECOND)
 def test_rows(arch, dtype):
     """Rows of part of a warp, of several warps, and longer than the registers of a block."""
-    lengths = (1, 3, 8, 31, 130, 257, 1000, 1030, 1100, 2100, 16384, 16400)
+    lengths = (1, 3, 8, 31, 130, 257, 1000, 1030, 1100, 2100, 10240, 10250, 20500)
     for turn, cols in enumerate(lengths):
         rows = 300 if cols < 8 else 3 + turn % 3
         x = (torch.randn(rows, cols) * 5 + 3).to(dtype)
@@ -220,10 +237,10 @@ def test_rows_of_special_numbers():
     x[0], x[1, 3], x[2, 39], x[3, 0] = 0, torch.nan, torch.inf, -torch.inf
     x[4], x[5], x[6] = x[4] * 2.0**-118, x[5] * 2.0**60, 2.0**-121
     x[7] += 1e4
-    for arch in ("sm_80", "sm_90a"):
-        with ptx.run(arch):
-            check_rows(rows_cuda, x)
-            check_rows(rows_cuda, x, normalized=True)
+    x[8] = 2.0**-120  # the smallest row that is not zeros
+    with ptx.run("sm_90a"):
+        check_rows(rows_cuda, x)
+        check_rows(rows_cuda, x, normalized=True)
 
 
 def test_calls_that_are_refused():
