@@ -79,6 +79,60 @@ class Attention:
         return self.heads * self.length * (tensors * self.dim * self.dtype.itemsize + 4)
 
 
+@dataclass(frozen=True)
+class Int8:
+    """x [m, k] in dtype times an int8 weight [n, k], with bias and gelu, to y in dtype."""
+
+    mode: str  # of kernels/int8_matmul; "raw": int8 to int32
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    op: str = "int8_matmul"
+
+    @property
+    def label(self) -> str:
+        return f"{self.mode}, {_SHORT[self.dtype]}, {self.m}"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.mode} {self.m}x{self.n}x{self.k} {_SHORT[self.dtype]}"
+
+    def least_bytes(self, direction: str) -> int:
+        """Of the inputs and outputs of an operation, each read or written once."""
+        if self.mode == "raw":
+            return self.m * self.k + self.n * self.k + self.m * self.n * 4
+        size = self.dtype.itemsize
+        return size * (self.m * (self.k + self.n) + self.n) + self.n * self.k + 4 * self.n
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """x [rows, cols], or its layer norm with fp32 parameters, to int8."""
+
+    rows: int
+    cols: int
+    dtype: torch.dtype
+    normalized: bool = False
+    op: str = "int8_matmul.rows"
+
+    @property
+    def label(self) -> str:
+        return f"{_SHORT[self.dtype]}, {self.cols}{', normalized' if self.normalized else ''}"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows}x{self.cols} {_SHORT[self.dtype]}" + " normalized" * self.normalized
+
+    def least_bytes(self, direction: str) -> int:
+        """Of the inputs and outputs of an operation, each read or written once."""
+        parameters = 2 * 4 * self.cols if self.normalized else 0
+        return self.rows * (self.cols * (self.dtype.itemsize + 1) + 4) + parameters
+
+
+AnyCall = Call | Attention | Int8 | Int8Rows
+
+
 def attention(backend: ModuleType, call: Attention) -> Iterator[str]:
     """Runs the forward, then the backward; yields the name of each when it is done."""
     generator = torch.Generator().manual_seed(call.length)
@@ -126,14 +180,43 @@ def cross_entropy(backend: ModuleType, call: Call) -> Iterator[str]:
     yield "backward"
 
 
+def int8_matmul(backend: ModuleType, call: Int8) -> Iterator[str]:
+    """Runs the forward; yields its name when it is done."""
+    generator = torch.Generator().manual_seed(call.m * 31 + call.n)
+    weight = torch.randint(-127, 128, (call.n, call.k), generator=generator).to(torch.int8)
+    x = torch.randn(call.m, call.k, generator=generator).to(call.dtype)
+    if call.mode == "raw":
+        x = (x * 32).clamp(-127, 127).to(torch.int8)
+        backend.forward(x, weight, None, None, None, "none", "raw", torch.int32)
+    else:
+        scale, bias = (torch.rand(call.n, generator=generator) for _ in "sb")
+        bias = bias.to(call.dtype)
+        backend.forward(x, weight, None, scale, bias, "gelu", call.mode, call.dtype)
+    yield "forward"
+
+
+def int8_rows(backend: ModuleType, call: Int8Rows) -> Iterator[str]:
+    """As int8_matmul."""
+    generator = torch.Generator().manual_seed(call.rows * 31 + call.cols)
+    x = torch.randn(call.rows, call.cols, generator=generator).to(call.dtype)
+    weight, bias = (torch.randn(call.cols, generator=generator) for _ in "wb")
+    if call.normalized:
+        backend.forward(x, True, weight, bias, 1e-5)
+    else:
+        backend.forward(x, False, None, None, 0.0)
+    yield "forward"
+
+
 CALLS: dict[str, Callable[[ModuleType, Any], Iterator[str]]] = {
     "attention": attention,
     "cross_entropy": cross_entropy,
+    "int8_matmul": int8_matmul,
+    "int8_matmul.rows": int8_rows,
     "layer_norm": layer_norm,
 }
 
 
-def run(call: Call | Attention, backend: str) -> Iterator[str]:
+def run(call: AnyCall, backend: str) -> Iterator[str]:
     """Runs a call through the named backend; yields each direction when it is done."""
     module = dispatch.load(call.op, backend)
     if isinstance(module, str):
@@ -173,13 +256,32 @@ def _attention_triton() -> list[Attention]:
     return [Attention(2, 256, dim, dtype) for dim, dtype in kinds]
 
 
-def triton_calls() -> list[Call | Attention]:
+def _int8_triton() -> list[AnyCall]:
+    """The largest tile for few rows, for some and for many; rows of several lengths."""
+    from kernels.int8_matmul import triton_rows
+
+    kinds = [(mode, torch.bfloat16) for mode in ("raw", "dynamic", "weight_only")]
+    kinds.append(("weight_only", torch.float32))
+    products = [Int8(mode, m, 512, 512, dtype) for mode, dtype in kinds for m in (16, 32, 64, 512)]
+    # Vectors of 4 bytes, and rows that are read element by element.
+    products += [
+        Int8("raw", m, 500, k, torch.bfloat16) for m, k in ((16, 500), (512, 500), (16, 501))
+    ]
+    longest = triton_rows.RESIDENT_COLS
+    cols = (64, 1001, 1024, 4096, longest, longest + 8)
+    rows = [Int8Rows(64, n, torch.bfloat16, norm) for n in cols for norm in (False, True)]
+    rows += [Int8Rows(64, n, torch.float32, True) for n in (1024, 8192, 16392)]
+    return [*products, *rows]
+
+
+def triton_calls() -> list[AnyCall]:
     """What is compiled for each target, as Triton's backends name it."""
-    return [*_cross_entropy_triton(), *_layer_norm_triton(), *_attention_triton()]
+    rows = [*_cross_entropy_triton(), *_layer_norm_triton()]
+    return [*rows, *_attention_triton(), *_int8_triton()]
 
 
 _SHAPES = ((64, 1024), (512, 1024), (512, 1000), (2048, 768))
-COUNTED: list[Call | Attention] = [
+COUNTED: list[AnyCall] = [
     Call("layer_norm", rows, cols, dtype)
     for dtype in (torch.bfloat16, torch.float32)
     for rows, cols in _SHAPES
@@ -193,3 +295,16 @@ COUNTED += [
     for rows, cols in _LOGITS
 ]
 COUNTED.append(Attention(2, 256, 64, torch.bfloat16))
+# A few rows, a tile of them, and tiles that blocks share.
+_PRODUCTS = ((1, 512, 1024), (8, 512, 1024), (32, 256, 1024), (256, 256, 512))
+COUNTED += [
+    Int8(mode, *sizes, torch.bfloat16)
+    for mode in ("raw", "dynamic", "weight_only")
+    for sizes in _PRODUCTS
+]
+COUNTED.append(Int8("weight_only", 64, 256, 512, torch.float32))
+COUNTED += [
+    Int8Rows(512, cols, torch.bfloat16, normalized)
+    for cols in (1000, 1024)
+    for normalized in (False, True)
+]

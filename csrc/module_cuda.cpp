@@ -10,6 +10,7 @@
   }
 DECLARE_OP(attention)
 DECLARE_OP(cross_entropy)
+DECLARE_OP(int8_matmul)
 DECLARE_OP(layer_norm)
 
 PyMODINIT_FUNC PyInit__cuda() {
@@ -17,7 +18,7 @@ PyMODINIT_FUNC PyInit__cuda() {
   PyObject* module = PyModule_Create(&definition);
   for (PyMethodDef* entry_points :
        {kernels::attention::entry_points, kernels::cross_entropy::entry_points,
-        kernels::layer_norm::entry_points}) {
+        kernels::int8_matmul::entry_points, kernels::layer_norm::entry_points}) {
     if (module && entry_points && PyModule_AddFunctions(module, entry_points)) Py_CLEAR(module);
   }
   return module;

@@ -59,10 +59,16 @@ def interpreted(kernel: Any) -> bool:
     return not isinstance(kernel, triton.JITFunction)
 
 
-def unsupported(kernel: Any, x: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+def unsupported(
+    kernel: Any,
+    x: torch.Tensor,
+    *others: torch.Tensor | None,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> str | None:
     """None where `kernel` can take these tensors, else one sentence saying why not."""
-    if x.dtype not in DTYPES:
-        return f"dtype {x.dtype} is not one of float32, bfloat16, float16"
+    if x.dtype not in dtypes:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"dtype {x.dtype} is not one of {accepted}"
     if not interpreted(kernel):
         return _gpu.unsupported(x)
     if x.device.type != "cpu":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from kernels.cross_entropy import chunks
+from kernels.cross_entropy import linear_function
 from kernels.cross_entropy.checks import (
     check_classes,
     check_ignore_index,
@@ -21,7 +21,7 @@ from kernels.cross_entropy.checks import (
     check_weight,
     is_autocast,
 )
-from kernels.cross_entropy.chunks import LinearFunction, Problem
+from kernels.cross_entropy.chunks import Problem
 from kernels.cross_entropy.op import (
     cross_entropy,
     make_stats,
@@ -283,9 +283,9 @@ def _apply(
     learns = x.requires_grad or matrix.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and learns:
         arguments = x, matrix, bias, target, weight, total, options, chunk_rows, summed
-        return RowResults(*LinearFunction.apply(*arguments))
+        return RowResults(*linear_function.LinearFunction.apply(*arguments))
     problem = Problem(x, matrix, bias, target, weight, options, chunk_rows)
-    rows, _ = chunks.forward(problem, None, (False, False, False))
+    rows, _ = linear_function.forward(problem, None, (False, False, False))
     losses = Reduction(rows.losses.dtype, summed, total).of(rows.losses)
     return RowResults(losses, rows.lse[0], rows.log_prob, rows.best)
 

@@ -215,6 +215,8 @@ def _static_scale(x: Tensor, mode: str, x_scale: Any) -> Tensor | None:
         raise ValueError(f"{name}: mode={mode!r} {wanted} x_scale")
     if x_scale is None:
         return None
+    if type(x_scale) is float:
+        x_scale = torch.full((1,), x_scale, dtype=torch.float32, device=x.device)
     scale = checks.scale_of(name, "x_scale", x_scale, (), x)
     if is_readable(scale) and not 0 < float(scale) < math.inf:
         raise ValueError(f"{name}: x_scale must be above 0 and finite, but is {float(scale)}")

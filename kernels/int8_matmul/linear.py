@@ -21,7 +21,8 @@ OUTLIER_DTYPE = torch.bfloat16
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is a linear layer as transformers' GPT-2 has it: weight [K, N], called Conv1D."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -139,7 +140,7 @@ class Int8Linear(Int8Weight):
         """The int8 counterpart of an nn.Linear, or of transformers' Conv1D, whose values it copies.
 
         Args:
-            linear: an nn.Linear, or a module named Conv1D with weight [K, N] and `nf`.
+            linear: an nn.Linear, or a module of a class named Conv1D with weight [K, N].
             mode: "dynamic", "static" or "weight_only", as for `int8_linear`.
             x_scale: for "static"; where it is None, max(input_absmax) / 127.
             group_size: for "weight_only": a scale for every so many values of a row.
@@ -165,7 +166,7 @@ class Int8Linear(Int8Weight):
                 f"but has shape {list(input_absmax.shape)}"
             )
         columns = _outliers(weight, outlier_columns, outlier_threshold, input_absmax)
-        bias: Tensor | None = linear.bias  # type: ignore[assignment]
+        bias: Tensor | None = getattr(linear, "bias", None)
         made = cls(
             weight.shape[1],
             weight.shape[0],

@@ -6,13 +6,12 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kernels.int8_matmul import checks
 from kernels.int8_matmul.calibration import calibrate
 from kernels.int8_matmul.calls import MODES
-from kernels.int8_matmul.linear import Int8Embedding, Int8Linear, Int8Weight, is_linear
+from kernels.int8_matmul.linear import Int8Embedding, Int8Linear, Int8Weight, is_conv1d, is_linear
 
 NAME = "quantize_model_"
 
@@ -59,7 +58,7 @@ def quantize_model_(
         assert batches is not None
         absmax = calibrate(model, batches)
     made: dict[nn.Module, Int8Weight] = {}
-    quantized: dict[Tensor, Int8Weight] = {}  # by the float weight
+    quantized: dict[Any, Int8Weight] = {}  # by the float weight, and how it was quantised
     for name, module in chosen.items():
         if module in made:
             continue
@@ -75,7 +74,9 @@ def quantize_model_(
                 outlier_threshold=outlier_threshold,
                 input_absmax=absmax.get(name),
             )
-        _share(made[module], quantized.setdefault(_weight(module), made[module]))
+        key = id(_weight(module)), *_form(module, made[module])
+        first = quantized.setdefault(key, made[module])
+        made[module].weight, made[module].weight_scale = first.weight, first.weight_scale
     for name, module in chosen.items():
         parent, _, child = name.rpartition(".")
         _replace(model.get_submodule(parent), child, made[module])
@@ -142,12 +143,13 @@ def _check_ties(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
                 )
 
 
-def _share(module: Int8Weight, first: Int8Weight) -> None:
-    """Lets `module` use the buffers of `first`, which is made of the same weight, if they agree."""
-    if torch.equal(module.weight, first.weight) and torch.equal(
-        module.weight_scale, first.weight_scale
-    ):
-        module.weight, module.weight_scale = first.weight, first.weight_scale
+def _form(module: nn.Module, made: Int8Weight) -> tuple[object, ...]:
+    """What two layers of one weight must agree in to share its int8 values."""
+    if isinstance(made, Int8Linear):
+        outliers = made.outlier_columns
+        own = () if outliers is None else tuple(outliers.tolist())
+        return is_conv1d(module), made.group_size, own
+    return False, None, ()
 
 
 def _replace(parent: nn.Module, child: str, module: Int8Weight) -> None:

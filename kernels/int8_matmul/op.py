@@ -86,7 +86,7 @@ def int8_linear(
     mode: str = "dynamic",
     activation: str | None = None,
     *,
-    x_scale: Tensor | None = None,
+    x_scale: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:
     """``torch.nn.functional.linear`` with an int8 weight, and int8 arithmetic, in one kernel.

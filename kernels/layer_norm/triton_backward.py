@@ -20,8 +20,9 @@ RESIDENT_COLS = 16384  # nor does dx alone
 HELD_WEIGHT_COLS = 8192  # a weight of more kept in registers makes them spill
 LONG_BLOCK_N, LONG_WARPS = 4096, 16
 SUM_BLOCK_N, SUM_ELEMENTS, SUM_WARPS = 64, 2048, 4  # columns and elements of a tile of the sums
-# A share costs 16 bytes of traffic per column: fewer rows in it and that traffic shows.
-ROWS_PER_FUSED_SHARE = 8
+# A share costs 16 bytes of traffic per column, a row of bfloat16 6: with fewer rows in a share its
+# traffic shows.  Every multiprocessor gets a program all the same, where there are rows enough.
+ROWS_PER_FUSED_SHARE, LEAST_ROWS_PER_FUSED_SHARE = 64, 8
 ROWS_PER_SHARE = 64
 
 # (largest cols, BLOCK_M, num_warps): 16 elements of x and of dy per thread.
@@ -38,6 +39,11 @@ TILES = (
     (4096, 2, 16),
     (8192, 1, 32),
     (RESIDENT_COLS, 1, 32),
+)
+# With the sums programs are few, so each has more of the memory's answers to wait for at a time.
+FUSED_TILES = tuple(
+    (cols, 4 * block_m, 4 * warps) if warps == 4 else (cols, block_m, warps)
+    for cols, block_m, warps in TILES
 )
 
 
@@ -221,7 +227,7 @@ def _sum_shares_kernel(
 def _fused(rows: int, cols: int) -> bool:
     """Whether one kernel does dx and the sums: with few rows it would have too few programs."""
     fits = _triton.resident(FUSED_COLS, cols, _triton.vector(cols))
-    return fits and rows >= max(ROWS_PER_FUSED_SHARE, cols // 16)
+    return fits and rows >= max(LEAST_ROWS_PER_FUSED_SHARE, cols // 16)
 
 
 def _shares(total: torch.Tensor | None, count: int) -> torch.Tensor | None:
@@ -255,11 +261,12 @@ def _launch_dx(
             **_triton.LAUNCH,
         )
         return
-    block_m, num_warps = _triton.tile(TILES, dx, cols, vec)
-    most = _triton.wave(dx, num_warps)
     sums = dweight is not None or dbias is not None
+    block_m, num_warps = _triton.tile(FUSED_TILES if sums else TILES, dx, cols, vec)
+    most = _triton.wave(dx, num_warps)
     if sums:
-        most = min(most, rows // ROWS_PER_FUSED_SHARE)
+        one_each = min(rows // LEAST_ROWS_PER_FUSED_SHARE, _triton.multiprocessors(dx))
+        most = min(most, max(1, one_each, rows // ROWS_PER_FUSED_SHARE))
     programs = _triton.programs(triton.cdiv(rows, block_m), most)
     shares = _shares(dweight, programs), _shares(dbias, programs)
     _backward_kernel[(programs,)](

@@ -6,6 +6,8 @@ process of its own.  Programs are planned as for a GPU with four multiprocessors
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,9 +47,12 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("rows", "classes"), SIZES)
-def test_values_and_gradients(rows, classes, dtype):
+DTYPES = itertools.cycle([torch.float32, torch.float16])  # by turns
+
+
+@pytest.mark.parametrize(("size", "dtype"), zip(SIZES, DTYPES, strict=False))
+def test_values_and_gradients(size, dtype):
+    rows, classes = size
     check(backend, make_logits(rows, classes, dtype), PLAIN)
     check(backend, make_logits(max(rows, 3), classes, dtype), EVERYTHING)
 

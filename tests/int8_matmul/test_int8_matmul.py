@@ -108,6 +108,8 @@ def test_modes(implementation, m, n, k, dtype, mode):
     bias = torch.randn(n).to(dtype)
     x_scale = torch.tensor([0.02]) if mode == "static" else None  # clamps what exceeds 2.5
     got = int8_linear(x, weight, bias, mode, x_scale=x_scale)
+    if mode == "static":
+        assert torch.equal(int8_linear(x, weight, bias, mode, x_scale=0.02), got)
     assert got.dtype == dtype
     check(got, x, weight.values, weight.scale[:, 0], bias, None, mode, x_scale)
 
@@ -123,8 +125,8 @@ def test_activations_and_result_dtypes(implementation, out_dtype, mode, activati
     check(got, x, weight.values, weight.scale[:, 0], bias, activation, mode)
 
 
-@pytest.mark.parametrize("a_scale", [(), (1,), (6,), (6, 1), (2, 3), (2, 3, 1)], ids=str)
-@pytest.mark.parametrize("b_scale", [(), (1, 1), (11,), (1, 11)], ids=str)
+@pytest.mark.parametrize("a_scale", [(1, 1), (6,), (6, 1), (2, 3), (2, 3, 1)], ids=str)
+@pytest.mark.parametrize("b_scale", [(), (11,), (1, 11)], ids=str)
 def test_forms_of_scales(implementation, a_scale, b_scale):
     a, b = whole(2, 3, 19), whole(11, 19)
     scales = 0.1 + torch.rand(a_scale), 0.1 + torch.rand(b_scale)
@@ -167,7 +169,7 @@ def test_nothing_to_sum_gives_the_bias(implementation):
 
 @pytest.mark.parametrize("mode", ["dynamic", "static"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_a_row_that_is_not_finite_is_nan(implementation, activation, poison, mode):
     x = torch.randn(5, 70)
     x[1, 69] = x[3, 0] = poison
@@ -247,8 +249,6 @@ def test_the_number_of_threads_does_not_show(implementation):
 def test_eager_is_exact_where_int_mm_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     with dispatch.use("eager"):
-        for a, b in (
-            (whole(5, 3000), whole(7, 3000)),
-            (torch.full((2, 2048), -128, dtype=torch.int8),) * 2,
-        ):
+        odd = torch.full((2, 2047), 127, dtype=torch.int8)  # an odd sum above 2^24 is no float32
+        for a, b in ((whole(5, 3000), whole(7, 3000)), (odd, odd), (odd - 255, odd)):
             assert torch.equal(int8_matmul(a, b.t()).long(), oracle.sums(a, b))

@@ -171,6 +171,7 @@ def test_gradients_go_through_it(made):
     assert dx.abs().amin(-1).gt(0).all()
 
 
+@pytest.mark.parametrize("made", ["static", "groups", "outliers"], indirect=True)
 def test_compiled(made):
     torch._dynamo.reset()
     got = torch.compile(made, fullgraph=True, backend="aot_eager")(X)
@@ -192,6 +193,8 @@ def test_outlier_columns_take_what_would_drown_the_rest():
     )
     assert relative(plain(x), linear(x)) > 0.3
     assert relative(kept(x), linear(x)) < 0.02
+    static = Int8Linear.from_linear(linear, "static", outlier_threshold=20.0, input_absmax=absmax)
+    assert static.x_scale.item() == pytest.approx(absmax[absmax < 20].max().item() / 127)
     none = Int8Linear.from_linear(linear, outlier_threshold=1e6, input_absmax=absmax)
     assert none.outlier_columns is None
     with pytest.raises(TypeError, match="not a Quantized"):

@@ -101,6 +101,32 @@ def test_a_layer_under_two_names_is_replaced_once():
     assert model[2].bias is not model[0].bias
 
 
+def test_a_weight_that_is_shared_in_another_form_is_quantised_twice():
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8), Conv1D(8, 8), nn.Linear(8, 8))
+    for layer in model[1:]:
+        layer.weight = model[0].weight
+    got = copy.deepcopy(model)
+    quantize_model_(got)
+    assert got[1].weight is got[0].weight
+    assert got[3].weight is got[0].weight
+    assert torch.equal(got[2].weight, quantize(model[2].weight.t()).values)
+    grouped = copy.deepcopy(model)
+    quantize_model_(grouped, "weight_only", group_size=4)
+    assert grouped[1].weight is grouped[3].weight
+    assert grouped[0].weight_scale.shape == (8, 1)
+
+
+def test_a_model_on_meta_takes_a_state_dict():
+    model = Model(tied=False)
+    quantize_model_(model)
+    with torch.device("meta"):
+        empty = Model(tied=False)
+    quantize_model_(empty)
+    assert all(buffer.is_meta for buffer in empty.buffers())
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(INDEX), model(INDEX))
+
+
 class ReadsWeights(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -79,16 +79,14 @@ def inputs(rows, shape, dtype, weight_dtype=None):
     return torch.randn(rows, *shape, dtype=dtype), weight, bias, torch.randn(rows, *shape).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("rows", "shape"), SIZES)
-def test_values_and_gradients(rows, shape, dtype):
+DTYPES = itertools.cycle([torch.float32, torch.float16])  # by turns
+
+
+@pytest.mark.parametrize(("size", "dtype"), zip(SIZES, DTYPES, strict=False))
+def test_values_and_gradients(size, dtype):
+    rows, shape = size
     x, weight, bias, dy = inputs(rows, shape, dtype)
     check(x, shape, weight, bias, dy)
-
-
-def test_a_row_above_the_switch():
-    x, weight, bias, dy = inputs(1, (backend.RESIDENT_COLS + 4,), torch.float16)
-    check(x, weight.shape, weight, bias, dy)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 201), (9, 200)])

@@ -16,12 +16,14 @@ import ptx
 from kernels import dispatch
 from kernels.layer_norm import reference
 from tests.ptx.layer_norm_cases import CUDA_ARCHS, EPS, swept_setting, triton_setting
-from tests.ptx.test_layer_norm_sharp import VECTORS, check
+from tests.ptx.test_layer_norm_sharp import check
 
 # One for each of cuda's kernels, with vectors and without, and for each of its shapes.
 COLUMNS = [72, 255, 504, 511, 520, 1000, 1024, 2040, 2039, 16392, 16385]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EACH_VECTOR = (torch.bfloat16, torch.float32)  # of 8 elements and of 4
+# Of Triton's kernels one for each number of elements per vector, compiled for swept rows anyway.
+VECTORS = [(vec, *swept_setting(vec)[:2]) for vec in (1, 2, 4, 8)]
 EACH_GRADIENT = [(True, False, False), (False, True, False), (False, False, True)]
 # Rows of these lengths have means that float32 rounds, and a variance that only the second pass
 # over the row gets right. Enough of both that each element of a tile matters in some row.

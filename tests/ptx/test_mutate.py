@@ -177,16 +177,29 @@ def fail() -> None:
     raise ValueError("told to")
 
 
+def spin() -> None:
+    while True:
+        pass
+
+
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_children_return_fail_crash_and_hang(jobs):
+def test_children_return_fail_crash_and_hang(jobs, monkeypatch):
+    monkeypatch.setattr(children, "WAITING", 1)
     tasks = [
         ("value", lambda: [1, "two"], 30),
         ("failure", fail, 30),
         ("crash", lambda: os.kill(os.getpid(), signal.SIGKILL), 30),
-        ("hang", lambda: time.sleep(60), 1),
+        ("hang", spin, 1),
+        ("hang, waiting", lambda: time.sleep(60), 1),
     ]
     outcomes = dict(children.run(tasks, jobs))
     assert outcomes["value"].value == [1, "two"]
     assert "ValueError: told to" in outcomes["failure"].failure
     assert outcomes["crash"].failure == "crash"
-    assert outcomes["hang"].failure == "hang"
+    assert outcomes["hang"].failure == outcomes["hang, waiting"].failure == "hang"
+
+
+def test_a_child_that_is_paused_does_not_hang(monkeypatch):
+    monkeypatch.setattr(children, "WAITING", 10)
+    outcomes = dict(children.run([("slow", lambda: time.sleep(2), 1)], 1))
+    assert outcomes["slow"].failure == ""

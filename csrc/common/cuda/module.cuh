@@ -92,6 +92,12 @@ PyObject* call(void (*)(Arguments&), Arguments& given) {
   given.end();
   Py_RETURN_NONE;
 }
+template <auto function>
+PyObject* call(int64_t (*)(Arguments&), Arguments& given) {
+  const int64_t result = function(given);
+  given.end();
+  return PyLong_FromLongLong(result);
+}
 
 template <auto function>
 PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
