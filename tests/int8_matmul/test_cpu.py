@@ -48,7 +48,7 @@ def test_sums_are_exact(instruction_set, layout):
             assert torch.equal(y, exact_sums(x, weight)), (rows, cols, depth)
 
 
-@pytest.mark.parametrize("cols", COLS)
+@pytest.mark.parametrize("cols", [1, 5, 16, 17, 96, 101])
 def test_every_rest_of_the_terms(instruction_set, cols):
     for i, depth in enumerate(DEPTHS):
         rows = (1, 3, 20, 33)[i % 4]
@@ -172,8 +172,10 @@ def test_values_beyond_a_static_scale_are_clamped(instruction_set):
 def test_few_rows_of_weights_alone(instruction_set):
     """Rows that go through the bytes of fixed-point numbers, and those that must not."""
     for rows in (1, 2, 5, 6):
-        for depth in (1, 63, 64, 1000, 65_536, 65_537):
+        for depth in (1, 63, 64, 1000):
             check("weight_only", torch.float32, (rows, 17, depth))
+    for depth in (65_536, 65_537):  # the most terms that go through bytes, and one more
+        check("weight_only", torch.float32, (2, 17, depth))
     for size in (1e-38, 1e-30, 1e-20, 1e20, 1e30):
         x, weight, one = torch.randn(3, 200) * size, weights(20, 200), torch.ones(1)
         call = x, weight, None, one, None, "none", "weight_only"
