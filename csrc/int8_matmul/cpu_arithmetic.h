@@ -14,6 +14,7 @@ namespace kernels::ISA::int8_matmul {
 struct Integers {
   using Sum = int32_t;
   using Sums = vi;
+  static constexpr int64_t kMostTerms = int64_t{1} << 40;  // of a sum before others are added
 #if defined(__AVX512VNNI__)
   // vpdpbusd takes unsigned times signed: activations lie in memory as q + 128, and 128 times the
   // sum of the weights is taken off again.
@@ -51,6 +52,7 @@ struct Floats {
   static constexpr int kStep = 1, kOffset = 0;
   static constexpr int kMostSingles = kLanes, kMostSinglesLeft = kLanes / 4;
   static constexpr int kPiece = 256;  // of sums that are short, errors of rounding stay small
+  static constexpr int64_t kMostTerms = 256 * kLanes;
   using Value = float;
   using Weight = float;
   SIMD_INLINE vf multiply_add(vf sum, vf x, vf w) { return sum + x * w; }

@@ -34,7 +34,7 @@ class Blocks {
     return (x.groups + kChunkGroups - 1) / kChunkGroups + (x.singles ? 1 : 0);
   }
 
-  void run(int64_t item) {
+  [[gnu::noinline]] void run(int64_t item) {
     const int64_t block = item / chunks(x_), chunk = item % chunks(x_);
     const int64_t first = block * kBlock;
     const Columns columns(call_, first, int(least(call_.cols - first, kBlock)));
@@ -72,12 +72,9 @@ class Blocks {
     }
     for (int64_t i = 0; i < padded; i += kValues<A>) {  // rows of K far apart: each page once
       for (int r = 0; r < columns.count; r += kLanes) {
-        Sums t[kLanes];
-#pragma GCC unroll 16
-        for (int s = 0; s < kLanes; s++) t[s] = step(columns, r, k + i + s * A::kStep, k + n);
-        transpose(t);
-#pragma GCC unroll 16
-        for (int c = 0; c < kLanes; c++) store_vector(pieces_ + (r + c) * padded + i, t[c]);
+        alignas(64) Sums steps[kLanes];
+        for (int s = 0; s < kLanes; s++) steps[s] = step(columns, r, k + i + s * A::kStep, k + n);
+        transpose_steps(steps, pieces_ + r * padded + i, padded * int64_t(sizeof(Weight)));
       }
     }
     const auto* data = reinterpret_cast<const char*>(pieces_);
@@ -85,7 +82,7 @@ class Blocks {
   }
 
   // Where columns lie side by side: one step, at k < end, of up to kLanes of them from `column` on.
-  Sums step(const Columns& columns, int column, int64_t k, int64_t end) const {
+  [[gnu::noinline]] Sums step(const Columns& columns, int column, int64_t k, int64_t end) const {
     const int64_t left = columns.count - column;
     if (k >= end) return Sums{};
     const int8_t* from = weights(columns.first + column, k);
@@ -180,9 +177,15 @@ class Blocks {
     constexpr int kCols = kLanes / kRows;
     const int8_t* rows[kCols];
     row_pointers(columns, column, rows);
+    Sums products{};
+    for (int64_t k = 0; k < call_.depth; k += A::kMostTerms) {
+      const Value* x = x_.single + row * x_.length + k;
+      products +=
+          dot_tile<A, kRows>(x, x_.length, rows, least(call_.depth - k, A::kMostTerms), next);
+      for (int i = 0; i < kCols; i++) rows[i] += A::kMostTerms;
+    }
     alignas(64) Sum sums[kLanes];
-    store_vector(
-        sums, dot_tile<A, kRows>(x_.single + row * x_.length, x_.length, rows, call_.depth, next));
+    store_vector(sums, products);
     for (int r = 0; r < kRows; r++) {
       memcpy(sums_ + (row + r) * kBlock + column, sums + r * kCols, sizeof(Sum) * kCols);
     }
@@ -241,10 +244,17 @@ class Blocks {
     const int64_t rows = x_.singles + (A::kOffset ? 1 : 0);
     for (int64_t k = 0; k < call_.depth; k += kPiece) {
       const int64_t n = least(call_.depth - k, kPiece), count = (n + A::kStep - 1) / A::kStep;
+      const int64_t stride = call_.weight_column;
       for (int64_t s = 0; s < count; s++) {
-        for (int column = 0; column < columns.count; column += kLanes) {
-          store_vector(pieces_ + (s * kBlock + column) * A::kStep,
-                       step(columns, column, k + s * A::kStep, k + n));
+        const int64_t at = k + s * A::kStep;
+        const int8_t* from = weights(columns.first, at);
+        Weight* to = pieces_ + s * A::kStep * kBlock;
+        int column = 0;
+        for (; at + A::kStep <= k + n && column + kLanes <= columns.count; column += kLanes) {
+          store_vector(to + column * A::kStep, interleave_weights<A>(from + column, stride));
+        }
+        for (; column < columns.count; column += kLanes) {
+          store_vector(to + column * A::kStep, step(columns, column, at, k + n));
         }
       }
       for (int column = 0; column < columns.count; column += kAtOnce * kLanes) {

@@ -8,8 +8,8 @@
 //
 // Values within 1/128 of the largest stay as they are; smaller ones are off by up to 2^-31 of the
 // largest, an error that floats' sums have as well, for what they are added to is rounded to 2^-24.
-// Rows whose mean magnitude is below 2^-12 of the largest are left to float arithmetic, and so are
-// those with a NaN or an infinity.
+// A row fits if at least half of its values but zeros are above 2^-10 of the largest; others, and
+// those with a NaN or an infinity, are left to float arithmetic.
 #pragma once
 #include "int8_matmul/cpu_quantize.h"
 
@@ -24,28 +24,31 @@ struct FixedPoint {
 };
 
 template <class T>
-FixedPoint fixed_point_of(const T* x, int64_t n) {
-  Accumulator magnitudes;
-  for_each_vector(n, [&](int64_t i, auto lanes, int u) {
-    magnitudes.slot[u] += (vf)((vu)load(x + i, lanes) & 0x7fffffff);
-  });
+[[gnu::noinline]] FixedPoint fixed_point_of(const T* x, int64_t n) {
   const uint32_t largest = largest_bits(x, n), exponent = largest >> 23;
   constexpr uint32_t kLeast = 40, kMost = 240;  // so that both powers are normal numbers
   if (exponent < kLeast || exponent > kMost) return {false, 0.f, 0.f};
   // The largest is below 2^(exponent - 126).
   const uint32_t multiplier = (283 - exponent) << 23, unit = (exponent - 29) << 23;
-  FixedPoint f;
+  const vi least = set1(int(largest - (10u << 23)));  // as bits
+  vi large{}, other{};
+  for_each_vector(n, [&](int64_t i, auto lanes, int) {
+    const vi magnitude = (vi)load(x + i, lanes) & 0x7fffffff;
+    large -= magnitude >= least;
+    other -= (magnitude < least) & (magnitude != 0);
+  });
+  int64_t balance = 0;
+  for (int i = 0; i < kLanes; i++) balance += large[i] - other[i];
+  FixedPoint f{balance >= 0, 0.f, 0.f};
   memcpy(&f.multiplier, &multiplier, sizeof multiplier);
   memcpy(&f.unit, &unit, sizeof unit);
-  float top;
-  memcpy(&top, &largest, sizeof largest);
-  f.fits = Accumulator::total(magnitudes) >= float(n) * top * 0x1p-12f;
   return f;
 }
 
 // The bytes of n numbers, the lowest first, as rows `length` apart.
 template <class T>
-void split_into_bytes(const T* x, int64_t n, float multiplier, uint8_t* out, int64_t length) {
+[[gnu::noinline]] void split_into_bytes(const T* x, int64_t n, float multiplier, uint8_t* out,
+                                        int64_t length) {
   for (int64_t i = 0; i < n; i += kLanes) {
     const int count = n - i < kLanes ? int(n - i) : kLanes;
     const vf values = count < kLanes ? load_tail(x + i, count) : load(x + i);

@@ -130,8 +130,9 @@ SIMD_INLINE vf as_float(vf sum) { return sum; }
 // Up to kLanes rows of a panel from row `first` on: sums [column][kPanelRows], one row a lane, and
 // what is added to each column's sums.
 template <class Sums, class Sum>
-void write_group(const MatmulCall& c, const Columns& columns, int64_t first, int rows,
-                 const float* row_scale, const Sum* sums, const Sum* offset) {
+[[gnu::noinline]] void write_group(const MatmulCall& c, const Columns& columns, int64_t first,
+                                   int rows, const float* row_scale, const Sum* sums,
+                                   const Sum* offset) {
   alignas(64) float values[kLanes][kBlock];
   const vf scale = load(row_scale);
   for (int r = 0; r < rows; r++) fetch_row(c, columns, first + r);  // from L2 into L1

@@ -63,7 +63,7 @@ struct Ready {
   }
 
   int64_t items() const { return by_bytes ? rows : groups + singles; }
-  void make(int64_t item) const {
+  [[gnu::noinline]] void make(int64_t item) const {
     if constexpr (A::kStep > 1) {
       if (call.mode == Mode::kRaw || call.mode == Mode::kInt8) return make_from<int8_t>(item);
     }
@@ -130,14 +130,7 @@ struct Ready {
       for (int64_t r = 0; r < count; r++) {
         convert<A>(row_of_x<T>(row + r) + k, least(depth - k, kValues<A>), inverse[r], values[r]);
       }
-      vf steps[kLanes];
-#pragma GCC unroll 16
-      for (int r = 0; r < kLanes; r++) steps[r] = load_vector<vf>(values[r]);
-      transpose(steps);
-#pragma GCC unroll 16
-      for (int s = 0; s < kLanes; s++) {
-        store_vector(to + k * kLanes + s * kValues<A>, steps[s]);
-      }
+      transpose_steps(values, to + k * kLanes, kLanes * 4);
     }
   }
 };

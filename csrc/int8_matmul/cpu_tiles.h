@@ -22,6 +22,19 @@ constexpr int tile_rows(int groups) {
   return groups == 4 ? 6 : groups == 3 ? 8 : 12;
 }
 
+// The steps of kLanes rows one after another to the same steps of all rows, or back; `stride` is
+// the bytes from one result to the next.  One copy serves all types.
+[[gnu::noinline]] static void transpose_steps(const void* from, void* to, int64_t stride) {
+  vf steps[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i++) {
+    steps[i] = load_vector<vf>(static_cast<const char*>(from) + i * sizeof(vf));
+  }
+  transpose(steps);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i++) store_vector(static_cast<char*>(to) + i * stride, steps[i]);
+}
+
 // Rows of weights in steps: bytes from one row and from one step to the next.
 struct Steps {
   const char* data;
@@ -87,9 +100,9 @@ void multiply_tile(const typename A::Value* x, int64_t group, const Steps& w, in
 // weights; that of row r and weights c is lane r * (kLanes / kRows) + c.  `next` are as many bytes
 // as a row of weights has, fetched on the way; or null.
 template <class A, int kRows>
-typename A::Sums dot_tile(const typename A::Value* x, int64_t x_row,
-                          const int8_t* const (&weights)[kLanes / kRows], int64_t depth,
-                          const int8_t* next = nullptr) {
+[[gnu::noinline]] typename A::Sums dot_tile(const typename A::Value* x, int64_t x_row,
+                                            const int8_t* const (&weights)[kLanes / kRows],
+                                            int64_t depth, const int8_t* next = nullptr) {
   constexpr int kCols = kLanes / kRows;
   using Sums = typename A::Sums;
   Sums sum[kLanes] = {};

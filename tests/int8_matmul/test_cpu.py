@@ -19,6 +19,7 @@ from tests.int8_matmul.cpu_cases import (
     sums,
     weights,
 )
+from tests.tolerance import assert_as_exact_as_torch
 
 __all__ = ["instruction_set"]  # a fixture
 
@@ -47,7 +48,7 @@ def test_sums_are_exact(instruction_set, layout):
             assert torch.equal(y, exact_sums(x, weight)), (rows, cols, depth)
 
 
-@pytest.mark.parametrize("cols", COLS)
+@pytest.mark.parametrize("cols", [1, 5, 16, 17, 96, 101])
 def test_every_rest_of_the_terms(instruction_set, cols):
     for i, depth in enumerate(DEPTHS):
         rows = (1, 3, 20, 33)[i % 4]
@@ -166,6 +167,36 @@ def test_values_beyond_a_static_scale_are_clamped(instruction_set):
     scale, one = torch.tensor([0.5]), torch.ones(1)
     y = cpu.forward(x, weight, scale, one, None, "none", "static", torch.float32)[0]
     assert torch.equal(y, torch.tensor([[63.5, -63.5, 0.5, 0.0, 0.0, 1.0]]))
+
+
+def test_few_rows_of_weights_alone(instruction_set):
+    """Rows that go through the bytes of fixed-point numbers, and those that must not."""
+    for rows in (1, 2, 5, 6):
+        for depth in (1, 63, 64, 1000):
+            check("weight_only", torch.float32, (rows, 17, depth))
+    for depth in (65_536, 65_537):  # the most terms that go through bytes, and one more
+        check("weight_only", torch.float32, (2, 17, depth))
+    for size in (1e-38, 1e-30, 1e-20, 1e20, 1e30):
+        x, weight, one = torch.randn(3, 200) * size, weights(20, 200), torch.ones(1)
+        call = x, weight, None, one, None, "none", "weight_only"
+        ours, plain = (f(*call, torch.float32) for f in (cpu.forward, reference.forward))
+        want = reference.forward(x.double(), *call[1:], torch.float64)
+        assert_as_exact_as_torch(ours, plain, want, ("y",))
+
+
+def test_a_value_far_above_the_others_hides_none(instruction_set):
+    x, weight = torch.randn(2, 300), weights(40, 300)
+    x[:, 7], weight[:, 7] = 1e25, 0  # it counts nowhere
+    one = torch.ones(1)
+    y = cpu.forward(x, weight, None, one, None, "none", "weight_only", torch.float32)[0]
+    exact = x.double() @ weight.double().t()
+    assert ((y - exact).abs() <= 1e-6 * exact.abs().amax()).all()
+
+
+def test_large_outputs(instruction_set):
+    # 4 MiB and more are written past the caches, where rows are whole cache lines.
+    check("dynamic", torch.float32, (1100, 1024, 9))
+    check("dynamic", torch.float32, (1100, 1001, 9))
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
