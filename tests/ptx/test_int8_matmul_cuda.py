@@ -216,7 +216,7 @@ def test_16_bytes_a_lane_and_no_bank_conflicts():
             assert wide > 0.8 * sum(s["bytes"] for s in loads), kernel
 
 
-@on_every_pair(FIRST, SECOND)
+@on_every_pair(FIRST)
 def test_rows(arch, dtype):
     """Rows of part of a warp, of several warps, and longer than the registers of a block."""
     lengths = (1, 3, 8, 31, 130, 257, 1000, 1030, 1100, 2100, 10240, 10250, 20500)
