@@ -157,6 +157,14 @@ def test_shared_columns(arch, dtype):
         assert "add_parts_kernel" in names
 
 
+def test_rows_on_8_byte_boundaries():
+    """Half of what a load of 16 bytes needs: by where a matrix starts, and by the gap of its rows."""
+    for turn, (m, mode) in enumerate(itertools.product((3, 20), ("int8", "weight_only"))):
+        for gap, offset in ((0, 8), (8, 0)):
+            with ptx.run("sm_80", schedule=SCHEDULES[turn % 3]):
+                check(cuda, m, 10, 64, Options(mode=mode, gap=gap, offset=offset))
+
+
 @pytest.mark.parametrize("m", [2, 9])
 def test_the_largest_sums_are_exact(m):
     """-128 times -128 and 127 times 127 along 2^17 - 1 columns; one more wraps, as in torch."""
