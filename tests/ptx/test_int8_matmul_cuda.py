@@ -158,7 +158,7 @@ def test_shared_columns(arch, dtype):
 
 
 def test_rows_on_8_byte_boundaries():
-    """Half of what a load of 16 bytes needs: by where a matrix starts, and by the gap of its rows."""
+    """Half of what a load of 16 bytes needs, by where a matrix starts and by its rows' gap."""
     for turn, (m, mode) in enumerate(itertools.product((3, 20), ("int8", "weight_only"))):
         for gap, offset in ((0, 8), (8, 0)):
             with ptx.run("sm_80", schedule=SCHEDULES[turn % 3]):
