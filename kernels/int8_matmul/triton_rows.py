@@ -142,12 +142,13 @@ def _prepared_block(
     offs_n,
     cols,
     mean,
+    shift,  # what rounding took from the mean, which the mean cannot hold
     rstd,
     NORMALIZED: tl.constexpr,
 ):
     x = _load_block(x_ptr, offs_n, cols)
     if NORMALIZED:
-        x = tl.where(offs_n < cols, x - mean, 0.0) * rstd
+        x = tl.where(offs_n < cols, (x - mean) - shift, 0.0) * rstd
         if weight_ptr is not None:
             x *= _load_block(weight_ptr, offs_n, cols)
         if bias_ptr is not None:
@@ -173,7 +174,7 @@ def _long_rows_kernel(
 ):
     cols = n_vec * VEC
     STATIC: tl.constexpr = static_scale_ptr is not None
-    mean, rstd = 0.0, 1.0
+    mean, shift, rstd = 0.0, 0.0, 1.0
     row = tl.program_id(0).to(tl.int64)
     row_ptr = x_ptr + row * stride * VEC
     if NORMALIZED:
@@ -189,20 +190,21 @@ def _long_rows_kernel(
             total += xc
             squares += xc * xc
         shift = tl.sum(total, 0) / cols
-        mean += shift
         rstd = tl.rsqrt(tl.sum(squares, 0) / cols - shift * shift + eps)
     largest = tl.zeros([BLOCK_N], tl.int32)
     for block in range(0, cols, BLOCK_N):
         x = _prepared_block(
-            row_ptr, weight_ptr, bias_ptr, block + tl.arange(0, BLOCK_N), cols, mean, rstd,
-            NORMALIZED,
+            row_ptr, weight_ptr, bias_ptr, block + tl.arange(0, BLOCK_N), cols, mean, shift,
+            rstd, NORMALIZED,
         )  # fmt: skip
         largest = tl.maximum(largest, _magnitude(x))
     top = tl.max(largest, 0)[None]
     inverse, scale, counts = _factors(top, static_scale_ptr, STATIC)
     for block in range(0, cols, BLOCK_N):
         offs_n = block + tl.arange(0, BLOCK_N)
-        x = _prepared_block(row_ptr, weight_ptr, bias_ptr, offs_n, cols, mean, rstd, NORMALIZED)
+        x = _prepared_block(
+            row_ptr, weight_ptr, bias_ptr, offs_n, cols, mean, shift, rstd, NORMALIZED
+        )
         q = _quantized(x, inverse, counts, STATIC)
         tl.store(values_ptr + row * stride_values * VEC + offs_n, q, mask=offs_n < cols)
     tl.store(scale_ptr + row + tl.arange(0, 1), scale)

@@ -47,6 +47,17 @@ def test_rows(shape):
         check_rows(rows_backend, x + 2, None, None, normalized=True)
 
 
+@pytest.mark.parametrize("cols", [76, 16500])
+def test_normalised_rows_whose_mean_is_no_float32(cols):
+    """Two neighbouring float32 in turns: their deviation is what rounding takes from the mean."""
+    x = torch.full((2, cols), 10000.0)
+    x[:, ::2] += 2.0**-10
+    values, scales = rows_backend.forward(x, True, None, None, 1e-12)
+    y = torch.nn.functional.layer_norm(x.double(), (cols,), eps=1e-12)
+    assert torch.equal(values, torch.where(y > 0, 127, -127).to(torch.int8))
+    torch.testing.assert_close(scales.double(), y.abs().amax(1) / 127, rtol=1e-6, atol=0)
+
+
 def test_rows_of_zeros_and_of_what_is_not_finite():
     x = torch.randn(6, 40)
     x[0] = 0
