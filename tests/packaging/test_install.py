@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import subprocess
@@ -48,8 +47,6 @@ def test_builds_in_isolation_without_torch_twice(tmp_path: Path) -> None:
     interpreter = _environment(tmp_path / "venv")
     first, seconds = _pip_install(interpreter, "--no-deps", "-e", ".", cwd=project)
     assert "Building CXX object" in first
-    if not json.loads((project / "kernels" / "_build_info.json").read_text())["_cuda"]["built"]:
-        assert seconds < 60
     second, again = _pip_install(interpreter, "--no-deps", "-e", ".", cwd=project)
     assert "no work to do" in second
     assert "Building CXX object" not in second
