@@ -67,9 +67,9 @@ def in_parts(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in WIDENED
 
 
-def parts(classes: int) -> list[slice]:
-    size = CLASSES_PER_PART
-    return [slice(begin, min(begin + size, classes)) for begin in range(0, classes, size)]
+def parts(size: int, most: int) -> list[slice]:
+    """Of at most `most` each."""
+    return [slice(begin, min(begin + most, size)) for begin in range(0, size, most)]
 
 
 def slices(problem: Problem) -> list[slice]:
@@ -80,7 +80,7 @@ def slices(problem: Problem) -> list[slice]:
     )
     count = -(-rows // limit)
     size = -(-rows // count) if count else 0
-    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size or 1)]
+    return parts(rows, size or 1)
 
 
 def logits_of_chunks(problem: Problem) -> Iterator[tuple[slice, Tensor]]:
@@ -104,7 +104,7 @@ def logits_of_chunks(problem: Problem) -> Iterator[tuple[slice, Tensor]]:
 def _logits_in_parts(problem: Problem, chunk: slice, logits: Tensor) -> None:
     with torch.autocast("cpu", enabled=False):  # which would take the products to 16 bits again
         x = problem.input[chunk].float()
-        for part in parts(logits.shape[1]):
+        for part in parts(logits.shape[1], CLASSES_PER_PART):
             product = x @ problem.linear_weight[part].float().t()
             if problem.linear_bias is not None:
                 product += problem.linear_bias[part]
@@ -148,7 +148,7 @@ class GradientSums:
     def _add_in_parts(self, chunk: slice, dlogits: Tensor) -> None:
         x = self.problem.input[chunk].float()
         dx = torch.zeros_like(x)
-        for part in parts(dlogits.shape[1]):
+        for part in parts(dlogits.shape[1], CLASSES_PER_PART):
             wide = dlogits[:, part].float()
             if self.dinput is not None:
                 dx.addmm_(wide, self.problem.linear_weight[part].float())
@@ -175,7 +175,7 @@ class GradientSums:
             else:
                 sums.addmm_(left, right)
             return
-        for part in parts(left.shape[0]):
+        for part in parts(left.shape[0], CLASSES_PER_PART):
             product = torch.mm(left[part], right)
             if first:
                 sums[part] = product

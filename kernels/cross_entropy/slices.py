@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import reference
-from kernels.cross_entropy.chunks import Gradients, Losses, Problem, in_parts, slices
+from kernels.cross_entropy.chunks import Gradients, Losses, Problem, in_parts, parts, slices
 from kernels.cross_entropy.rows import Options, select_backend
 
 CLASSES, ROWS = 512, 2048  # of a block of logits: 4 MiB, and products large enough to be quick
@@ -36,8 +36,8 @@ class Blocks:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.x = problem.input.float()
-        self.rows = _parts(len(self.x), ROWS)
-        self.classes = _parts(len(problem.linear_weight), CLASSES)
+        self.rows = parts(len(self.x), ROWS)
+        self.classes = parts(len(problem.linear_weight), CLASSES)
         self._buffer = self.x.new_empty(self.rows[0].stop * self.classes[0].stop)
         # Weights, smoothing and z-loss come with the gradients of each row.
         self.options = Options(
@@ -71,10 +71,6 @@ class Blocks:
         """The backend of a block and the arguments of its forward."""
         backend = select_backend(logits, target, None, self.options)
         return backend, (logits, target, None, *self.options)
-
-
-def _parts(size: int, most: int) -> list[slice]:
-    return [slice(begin, min(begin + most, size)) for begin in range(0, size, most)]
 
 
 def _row_weights(problem: Problem) -> Tensor | None:
