@@ -10,6 +10,8 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = {None: "none", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_tanh"}
+# As in csrc/int8_matmul/cpu.h and cuda_epilogue.cuh.
+ACTIVATION_CODES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 MOST_TERMS = 1 << 17  # of an int32 sum: 2^17 * 127 * 127 < 2^31
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from kernels import _native
 from kernels._native import DTYPE_CODES, dtype_refusal
+from kernels.int8_matmul.checks import ACTIVATION_CODES
 
 MODES = {"raw": 0, "int8": 1, "dynamic": 2, "static": 3, "weight_only": 4}  # of cpu.h
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 
 backward = None
 
@@ -51,6 +51,6 @@ def forward(
     if bias is not None:
         bias = bias.contiguous()
     _native.cpu.int8_matmul_forward(
-        *(x, weight, x_scale, weight_scale, bias, ACTIVATIONS[activation], MODES[mode], y)
+        *(x, weight, x_scale, weight_scale, bias, ACTIVATION_CODES[activation], MODES[mode], y)
     )
     return (y,)

@@ -8,12 +8,12 @@ from torch import Tensor
 from kernels import _gpu, _native
 from kernels._gpu import address
 from kernels._native import DTYPE_CODES, dtype_refusal
+from kernels.int8_matmul.checks import ACTIVATION_CODES
 
 backward = None
 
 # Codes of csrc/int8_matmul/cuda.cuh and cuda_epilogue.cuh.
 MODES = {"raw": 0, "int8": 0, "dynamic": 1, "static": 2, "weight_only": 3}
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 OUTPUTS = DTYPE_CODES | {torch.int32: 3}
 MAX_SIZE = 2**31 - 2**14  # of m, n and k: tiles and slices are counted in 32 bits
 
@@ -93,7 +93,7 @@ def forward(
         *_scale(weight_scale),
         address(bias),
         0 if bias is None else DTYPE_CODES[bias.dtype],
-        ACTIVATIONS[activation],
+        ACTIVATION_CODES[activation],
         OUTPUTS[out_dtype],
         address(y),
         address(workspace),
