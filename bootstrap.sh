@@ -100,6 +100,21 @@ install_nvcc() {
     say "WARNING: that failed; what needs nvcc will say so, everything else works"
 }
 
+# The native modules need no torch: they compile while pip unpacks it.  A failure is told by the
+# install below, which builds what is missing again.
+compiling=
+start_compiling() {
+  pip install -q -c constraints.txt setuptools pybind11 cmake ninja
+  say "compiling the native modules in the background"
+  "$python" setup.py -q build_ext --inplace >/dev/null 2>&1 &
+  compiling=$!
+  trap 'kill $compiling 2>/dev/null || true' EXIT
+}
+finish_compiling() {
+  wait "$compiling" || true
+  trap - EXIT
+}
+
 if [ -z "${environment_is_current:-}" ]; then
   rm -f "$stamp"
   "$python" -c '' 2>/dev/null || "$base" -m venv --clear "$VENV"
@@ -107,10 +122,11 @@ if [ -z "${environment_is_current:-}" ]; then
     say "$VENV has $("$python" -V), but PYTHON is $("$base" -V): remove $VENV or set VENV"
     exit 1
   fi
+  start_compiling
   install_torch
   install_nvcc
+  finish_compiling
   say "installing the development tools and this package"
-  pip install -q -c constraints.txt setuptools pybind11 cmake ninja
   pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 else
   say "rebuilding the native modules"

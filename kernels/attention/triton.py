@@ -71,7 +71,7 @@ TILES = {
         (4, 256, 0, 16, 32, 8, 1, 32),
     ),
     "sm_100": (
-        (2, 64, 1, 128, 128, 8, 2, 0),  # two warp groups; one block at 255 registers
+        (2, 64, 1, 128, 64, 8, 3, 0),  # 128 keys spill 8 bytes from Triton 3.8 on
         (2, 64, 0, 64, 32, 4, 2, 0),  # masks, tanh and Philox take registers
         (2, 128, 1, 128, 64, 8, 3, 0),  # 128 keys spill 416 bytes; 3 stages fit 227 KiB
         (2, 128, 0, 64, 32, 4, 2, 0),
@@ -173,9 +173,12 @@ def _forward_kernel(
     block = programs - 1 - program % programs  # under a causal mask the longest come first
     number = program // programs  # of the sequence and head: b H + h
     b, h = (number // heads).to(tl.int64), number % heads
-    batch, first_q, first_k, length_q, length_k, offset, list_ptr, rank_ptr = sequence(
-        b, cu_q_ptr, cu_k_ptr, list_ptr, rank_ptr, rows_q, rows_k, lower_right
+    batch, first_q, first_k, length_q, length_k, offset = sequence(
+        b, cu_q_ptr, cu_k_ptr, rows_q, rows_k, lower_right
     )
+    if rank_ptr is not None:  # here, as functions return no None before Triton 3.7
+        list_ptr += b * rows_k
+        rank_ptr += b * (rows_k + 1)
     rows, rows_valid, stored, first, last, listed = own_block(
         block, blocks, offset, length_q, list_ptr, rank_ptr, global_tokens, length_k,
         BLOCK_M, GLOBALS,

@@ -160,9 +160,12 @@ def dkv_kernel(
     block = (blocks + program % programs) % programs  # keys at global positions take longest
     number, kv_heads = program // programs, heads // group
     b, h_kv = (number // kv_heads).to(tl.int64), number % kv_heads
-    batch, first_q, first_k, length_q, length_k, offset, list_ptr, rank_ptr = sequence(
-        b, cu_q_ptr, cu_k_ptr, list_ptr, rank_ptr, rows_q, rows_k, lower_right
+    batch, first_q, first_k, length_q, length_k, offset = sequence(
+        b, cu_q_ptr, cu_k_ptr, rows_q, rows_k, lower_right
     )
+    if rank_ptr is not None:  # here, as functions return no None before Triton 3.7
+        list_ptr += b * rows_k
+        rank_ptr += b * (rows_k + 1)
     keys, keys_valid, stored, first, last, listed = own_block(
         block, blocks, 0, length_k, list_ptr, rank_ptr, global_tokens, length_k, BLOCK_N, GLOBALS
     )

@@ -14,10 +14,10 @@ FAR = tl.constexpr(2**30)  # a window that reaches past every position
 
 
 @triton.jit
-def sequence(b, cu_q_ptr, cu_k_ptr, list_ptr, rank_ptr, rows_q, rows_k, lower_right):
-    """Of sequence b: (batch entry, first query, first key, numbers of both, offset, list, ranks).
+def sequence(b, cu_q_ptr, cu_k_ptr, rows_q, rows_k, lower_right):
+    """Of sequence b: (batch entry, first query, first key, numbers of both, offset).
 
-    A query's position is its number + offset; list and ranks: see list_globals_kernel.
+    A query's position is its number + offset.
     """
     batch, first_q, first_k, length_q, length_k = b, 0, 0, rows_q, rows_k
     if cu_q_ptr is not None:
@@ -25,11 +25,8 @@ def sequence(b, cu_q_ptr, cu_k_ptr, list_ptr, rank_ptr, rows_q, rows_k, lower_ri
         first_q, first_k = tl.load(cu_q_ptr + b), tl.load(cu_k_ptr + b)
         length_q = tl.load(cu_q_ptr + b + 1) - first_q
         length_k = tl.load(cu_k_ptr + b + 1) - first_k
-    if rank_ptr is not None:
-        list_ptr += b * rows_k
-        rank_ptr += b * (rows_k + 1)
     offset = lower_right * (length_k - length_q)
-    return batch, first_q, first_k, length_q, length_k, offset, list_ptr, rank_ptr
+    return batch, first_q, first_k, length_q, length_k, offset
 
 
 @triton.jit

@@ -113,6 +113,7 @@ def scale_of(
 
 def with_unit_stride(x: Tensor, *dims: int) -> Tensor:
     """`x`, copied where none of these dimensions is contiguous."""
-    if any(x.stride(dim) == 1 for dim in dims):
+    strides = [x.stride(dim) for dim in dims]  # in a backward torch 2.14 compiles no generator
+    if 1 in strides:
         return x
     return x.clone(memory_format=torch.contiguous_format)

@@ -35,7 +35,7 @@ SMALL_HALF = (
 SMALL_SINGLE = ((0, 64, 128, 32, 4, 3), (0, 16, 64, 64, 4, 4), (0, 16, 32, 128, 4, 3))
 TILES: dict[str, dict[int, tuple[tuple[int, ...], ...]]] = {
     "sm_80": {
-        1: ((0, 128, 128, 128, 8, 3), *SMALL),
+        1: ((0, 128, 128, 64, 8, 4), *SMALL),  # 128 of K spill 216 bytes from Triton 3.8 on
         2: ((0, 128, 128, 64, 8, 3), *SMALL_HALF),
         4: ((0, 128, 128, 32, 8, 3), *SMALL_SINGLE),
     },

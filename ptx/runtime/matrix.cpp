@@ -17,6 +17,7 @@ struct MatrixOperands {
   int count;
   bool transposed;
   unsigned char* row;
+  unsigned char stored[kRowBytes];  // what stmatrix writes to `row`
 };
 
 MatrixOperands& operands(Fiber* const* lanes, int lane) {
@@ -63,33 +64,41 @@ void resolve_store(Fiber* const* lanes, uint32_t) {
       (shape.transposed ? matrix[j + 1][i] : matrix[i][j + 1]) = static_cast<uint16_t>(pair >> 16);
     }
     for (int r = 0; r < kRows; r++) {
-      std::memcpy(operands(lanes, kRows * q + r).row, matrix[r], kRowBytes);
+      std::memcpy(operands(lanes, kRows * q + r).stored, matrix[r], kRowBytes);
     }
   }
 }
 
-// Only the first 8 · count lanes give an address; each is checked as that lane's own access.
-void check_row(const void* row, int count, Access kind, uint32_t site) {
+// Only the first 8 · count lanes give an address; each accesses its row as that lane alone.
+bool addresses_row(int count, uint32_t site) {
   if (count != 1 && count != 2 && count != 4)
     fatal("unsupported", "matrix count not 1, 2, 4", site);
-  if (current->lane >= static_cast<uint32_t>(kRows * count)) return;
-  access(row, kRowBytes, kind, Space::kShared, site, nullptr, /*counted=*/false);
+  return current->lane < static_cast<uint32_t>(kRows * count);
+}
+
+void access_row(const void* row, Access kind, uint32_t site, const void* stored = nullptr) {
+  access(row, kRowBytes, kind, Space::kShared, site, stored, /*counted=*/false);
 }
 
 }  // namespace
 
 void ldmatrix(uint32_t* d, int count, bool transposed, const void* row, uint32_t site) {
-  check_row(row, count, Access::kRead, site);
-  MatrixOperands x{{}, count, transposed, static_cast<unsigned char*>(const_cast<void*>(row))};
+  if (addresses_row(count, site)) access_row(row, Access::kRead, site);
+  MatrixOperands x{{}, count, transposed, static_cast<unsigned char*>(const_cast<void*>(row)), {}};
   collective("ldmatrix", ~0u, site, &x, resolve_load);
   std::memcpy(d, x.registers, sizeof(uint32_t) * static_cast<size_t>(count));
 }
 
+// What a row becomes is known only when all lanes have met: warps that write the same values to
+// the same place with one stmatrix, as Triton's replicated layouts do, are no race.
 void stmatrix(const uint32_t* d, int count, bool transposed, void* row, uint32_t site) {
-  check_row(row, count, Access::kWrite, site);
-  MatrixOperands x{{}, count, transposed, static_cast<unsigned char*>(row)};
+  const bool addresses = addresses_row(count, site);
+  MatrixOperands x{{}, count, transposed, static_cast<unsigned char*>(row), {}};
   std::memcpy(x.registers, d, sizeof(uint32_t) * static_cast<size_t>(count));
   collective("stmatrix", ~0u, site, &x, resolve_store);
+  if (!addresses) return;
+  access_row(row, Access::kWrite, site, x.stored);
+  std::memcpy(row, x.stored, kRowBytes);
 }
 
 }  // namespace ptx

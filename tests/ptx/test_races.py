@@ -54,6 +54,18 @@ def pipeline(name: str, waits: str, late: str = "") -> str:
     return kernel(name, PIPELINE.format(waits=waits, late=late), pointers=1)
 
 
+
+
+def matrix_stores(name: str, element_pair: str) -> str:
+    """Every warp stores 8×8 matrices to the same rows: lane l gives the address of row l."""
+    registers = ", ".join([element_pair] * 4)
+    body = (
+        "mov.b32 %r5, 7; shl.b32 %r10, %r2, 4; add.u32 %r4, %r3, %r10;"
+        f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r4], {{{registers}}};"
+    )
+    return kernel(name, body, shared=512)
+
+
 READ = "ld.global.b32 %r5, [%rd1];"
 
 KERNELS = Kernels(
@@ -82,6 +94,8 @@ KERNELS = Kernels(
                 "@!%p1 st.shared.b32 [%r3], 7;",
                 shared=16,
             ),
+            matrix_stores("waw_matrices", "%r1"),
+            matrix_stores("waw_same_matrices", "%r5"),
             kernel(
                 "waw_barrier",
                 "setp.lt.u32 %p1, %r1, 32; @%p1 st.shared.b32 [%r3], 1; bar.sync 0;"
@@ -206,6 +220,7 @@ SHARED = [
     ("war", {"read-write"}),
     ("waw", {"race-WAW"}),
     ("waw_same_value_two_instructions", {"race-WAW"}),
+    ("waw_matrices", {"race-WAW"}),
     ("raw_barrier", set()),
     ("raw_syncwarp", set()),
     ("named_inside", set()),
@@ -242,10 +257,16 @@ def test_a_report_names_both_instructions_the_thread_and_the_byte() -> None:
     assert report.count == 32  # every thread reads unordered
 
 
-def test_the_same_value_by_the_same_instruction_is_no_race() -> None:
-    outcome = run("waw_same_value", threads=32)
+@pytest.mark.parametrize(
+    ("name", "threads", "same_bytes"),
+    [("waw_same_value", 32, 31 * 4), ("waw_same_matrices", 64, 512)],
+)
+def test_the_same_value_by_the_same_instruction_is_no_race(
+    name: str, threads: int, same_bytes: int
+) -> None:
+    outcome = run(name, threads=threads)
     assert outcome.reports == []
-    assert outcome.launch.counts["same_value_writes"] == 31 * 4
+    assert outcome.launch.counts["same_value_writes"] == same_bytes
 
 
 GLOBAL = [
