@@ -54,8 +54,6 @@ def pipeline(name: str, waits: str, late: str = "") -> str:
     return kernel(name, PIPELINE.format(waits=waits, late=late), pointers=1)
 
 
-
-
 def matrix_stores(name: str, element_pair: str) -> str:
     """Every warp stores 8×8 matrices to the same rows: lane l gives the address of row l."""
     registers = ", ".join([element_pair] * 4)
