@@ -6,10 +6,8 @@ compile for every target, that no register spills, and that Hopper's matrix inst
 
 from __future__ import annotations
 
-import os
+import itertools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,17 +19,23 @@ _triton = pytest.importorskip(
 from kernels.attention import triton as backend  # noqa: E402
 from kernels.attention.decode import triton as decode  # noqa: E402
 from kernels.attention.pattern import Pattern, Scaling  # noqa: E402
+from tests.triton_code import SELECTIONS, run_in_interpreter, spilled  # noqa: E402
 
 CASES = Path(__file__).with_name("triton_interpreter_cases.py")
 FEATURES = ("mask", "alibi", "softcap", "dropout", "globals")
 
-# (dims, dtype, features), one or the other on every target: widths of the tables, in whole vectors.
-VARIANTS = [((64, 64), torch.bfloat16, ()), ((128, 128), torch.bfloat16, ())]
-# And what needs more registers: the widest rows, float32, rows without vectors.
-TIGHT = [((dim, dim), torch.float32, ()) for dim in (64, 256)]
-TIGHT += [((256, 256), torch.bfloat16, ()), ((63, 33), torch.bfloat16, ())]
-COMPILED = [(target, *VARIANTS[n % 2]) for n, target in enumerate(_triton.TARGETS)]
-COMPILED += [(("sm_80", "sm_90")[n % 2], *variant) for n, variant in enumerate(TIGHT)]
+# (target, dims, dtype, features): widths of the tables in whole vectors, and what needs more
+# registers: the widest rows, float32, rows without vectors.
+VARIANTS = {
+    "sm_80": ((256, 256), torch.bfloat16, ()),
+    "sm_90": ((128, 128), torch.bfloat16, ()),
+    "sm_100": ((64, 64), torch.bfloat16, ()),
+    "sm_120": ((63, 33), torch.bfloat16, ()),
+    "gfx942": ((64, 64), torch.bfloat16, ()),
+    "gfx950": ((128, 128), torch.bfloat16, ()),
+}
+COMPILED = [*((target, *variant) for target, variant in VARIANTS.items())]
+COMPILED += [("sm_80", (64, 64), torch.float32, ()), ("sm_90", (256, 256), torch.float32, ())]
 # All of the tables, and each feature alone.
 WIDTHS = [(dim, dim) for dim in (64, 128, 256)]
 EVERYTHING = [
@@ -63,12 +67,9 @@ def compiled(target, dims, dtype, features=(), length=300):
 @pytest.mark.skipif(
     not _triton.INTERPRETER_LOOPS, reason="Triton before 3.7 needs NumPy before 2.4 here"
 )
-def test_values_and_gradients_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b\d+ passed", done.stdout), done.stdout
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_values_and_gradients_in_the_interpreter(selection):
+    run_in_interpreter(CASES, selection)
 
 
 @pytest.mark.parametrize(("target", "dims", "dtype", "features"), COMPILED, ids=str)
@@ -76,7 +77,7 @@ def test_compiles_without_spills(target, dims, dtype, features):
     kernels = compiled(target, dims, dtype, features)
     names = {kernel.name for kernel in kernels}
     assert names >= {"_forward_kernel", "_delta_kernel", "dkv_kernel", "dq_kernel"}
-    assert {kernel.name: kernel.spills() for kernel in kernels if kernel.spills()} == {}
+    assert spilled(kernels) == {}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_hopper_multiplies_by_warp_groups(dim, dtype):
 @pytest.mark.sweep
 @pytest.mark.parametrize(("target", "dims", "dtype", "features"), EVERYTHING, ids=str)
 def test_everything_compiles_without_spills(target, dims, dtype, features):
-    assert not any(kernel.spills() for kernel in compiled(target, dims, dtype, features))
+    assert spilled(compiled(target, dims, dtype, features)) == {}
 
 
 def test_plain_blocks_carry_no_mask():
@@ -143,12 +144,19 @@ def decode_kernels(target, dtype, cache, dim=128, paged=True):
 
 
 @pytest.mark.parametrize(
-    ("target", "cache"), zip(_triton.TARGETS, 3 * [torch.bfloat16, torch.int8], strict=True)
+    ("target", "cache"),
+    [
+        pytest.param(target, cache, marks=() if n % 3 == n // 6 else pytest.mark.sweep)
+        for n, (cache, target) in enumerate(
+            itertools.product((torch.bfloat16, torch.int8), _triton.TARGETS)
+        )
+    ],
+    ids=str,
 )
 def test_decode_compiles_without_spills(target, cache):
     kernels = decode_kernels(target, torch.bfloat16, cache)
     assert [kernel.name for kernel in kernels] == ["_share_kernel", "_combine_kernel"]
-    assert [kernel.spills() for kernel in kernels] == [0, 0]
+    assert spilled(kernels) == {}
 
 
 def test_refused():

@@ -42,7 +42,7 @@ CALLS = {
     ),
     "globals without a window": Call(40, 40, causal=True, global_tokens=7, heads=(1, 1)),
     # What joins the scores.
-    "bool mask": Call(40, 50, mask=torch.bool, batch=2),
+    "bool mask": Call(40, 50, mask=torch.bool, heads=(1, 1), batch=2),
     "float mask": Call(40, 50, mask=torch.float32, causal=True, heads=(1, 1)),
     "alibi, sinks": Call(40, 50, alibi=True, sinks=True, lower_right=True),
     "softcap": Call(50, 50, softcap=2.0, causal=True, heads=(1, 1)),
@@ -64,14 +64,25 @@ CALLS = {
         alibi=True, sinks=True, dropout_p=0.2,
     ),
 }  # fmt: skip
+# What others hold as well, the executor's tests (tests/ptx) among them.
+SWEPT = {
+    "a block", "upper left, more keys", "lower right, more keys", "window of blocks",
+    "window short of two blocks and one", "global prefix", "scattered, causal",
+    "both kinds of global", "globals without a window", "wide softcap", "dropout", "packed",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CALLS)
+def by_name(names, swept):
+    """Names as parameters; those of `swept` under `sweep`."""
+    return [pytest.param(n, marks=pytest.mark.sweep if n in swept else ()) for n in names]
+
+
+@pytest.mark.parametrize("name", by_name(CALLS, SWEPT))
 def test_values_and_gradients(name):
     check(CALLS[name], torch.float32)
 
 
-@pytest.mark.parametrize("name", ["ragged", "causal window", "float mask"])
+@pytest.mark.parametrize("name", by_name(["ragged", "causal window", "float mask"], ["ragged"]))
 def test_float16(name):
     check(CALLS[name], torch.float16)
 
@@ -89,11 +100,12 @@ DECODES = {
 }
 
 
-@pytest.mark.parametrize("name", DECODES)
+@pytest.mark.parametrize("name", by_name(DECODES, ["shares", "global queries", "many rows"]))
 def test_decode(name):
     check_decode(DECODES[name], torch.float32)
 
 
+@pytest.mark.sweep
 def test_two_runs_give_the_same_bits():
     call = CALLS["dropout for 16 keys"]
     runs = []

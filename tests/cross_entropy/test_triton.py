@@ -7,10 +7,6 @@ wherever they start.
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +21,7 @@ from kernels.cross_entropy import triton_plan as plan  # noqa: E402
 from tests.cross_entropy import linear_cases  # noqa: E402
 from tests.layer_norm.test_triton import moves  # noqa: E402
 from tests.ptx.cross_entropy_cases import EVERYTHING, PLAIN, SOFT, Options  # noqa: E402
+from tests.triton_code import SELECTIONS, run_in_interpreter, spilled  # noqa: E402
 
 CASES = Path(__file__).with_name("triton_interpreter_cases.py")
 
@@ -64,23 +61,24 @@ def compiled(target: str, classes: int, dtype: torch.dtype, options: Options, ro
 @pytest.mark.skipif(
     not _triton.INTERPRETER_LOOPS, reason="Triton before 3.7 needs NumPy before 2.4 here"
 )
-def test_values_and_gradients_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b\d+ passed", done.stdout), done.stdout
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_values_and_gradients_in_the_interpreter(selection):
+    run_in_interpreter(CASES, selection)
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.sweep) for n in (1, 2))])
-@pytest.mark.parametrize("target", _triton.TARGETS)
-def test_compiles_without_spills(target, part):
-    """Every third variant on each target, the rest in the sweep."""
-    for classes, dtype, options in VARIANTS[(list(_triton.TARGETS).index(target) + part) % 3 :: 3]:
-        kernels = compiled(target, classes, dtype, options)
-        assert len(kernels) >= 2
-        spilled = {f"{k.name} {classes} {dtype}": k.spills() for k in kernels if k.spills()}
-        assert spilled == {}
+# By default every target compiles its turn of the variants.
+TURNS = [
+    pytest.param(target, *variant, marks=() if n == turn % len(VARIANTS) else pytest.mark.sweep)
+    for turn, target in enumerate(_triton.TARGETS)
+    for n, variant in enumerate(VARIANTS)
+]
+
+
+@pytest.mark.parametrize(("target", "classes", "dtype", "options"), TURNS, ids=str)
+def test_compiles_without_spills(target, classes, dtype, options):
+    kernels = compiled(target, classes, dtype, options)
+    assert len(kernels) >= 2
+    assert spilled(kernels) == {}
 
 
 def compiled_linear(target: str, dtype: torch.dtype, case: linear_cases.Case):
@@ -110,7 +108,7 @@ LINEAR_EVERYTHING = linear_cases.Case(linear_cases.EVERYTHING, True, True, True)
 def test_linear_compiles_without_spills(target, dtype, case):
     kernels = compiled_linear(target, dtype, case)
     assert len(kernels) == 4  # forward, merge, and the gradient of rows and of classes
-    assert {kernel.name: kernel.spills() for kernel in kernels if kernel.spills()} == {}
+    assert spilled(kernels) == {}
     if (target, dtype) == ("sm_90", torch.bfloat16):
         for kernel in kernels:
             multiplies = "wgmma.mma_async" in kernel.file("ptx").read_text()

@@ -57,8 +57,16 @@ def test_values_and_gradients(size, dtype):
     check(backend, make_logits(max(rows, 3), classes, dtype), EVERYTHING)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("classes", [67, 1050])
+# Rows held whole, with all options; swept rows, which share the code, with most at once.
+CASES = [(67, options) for options in OPTIONS] + [(1050, EVERYTHING), (1050, SOFT)]
+CASES += [
+    pytest.param(1050, options, marks=pytest.mark.sweep)
+    for options in OPTIONS
+    if options not in (EVERYTHING, SOFT)
+]
+
+
+@pytest.mark.parametrize(("classes", "options"), CASES, ids=str)
 def test_options(options, classes):
     check(backend, make_logits(6, classes, torch.float32), options)
 
@@ -96,12 +104,18 @@ def test_refused_in_the_interpreter():
 LINEAR_SIZES = [(1, 1, 1), (5, 3, 8), (33, 70, 40), (16, 32, 16), (50, 7, 33)]
 
 
-@pytest.mark.parametrize("sizes", LINEAR_SIZES, ids=str)
-def test_linear_without_logits(sizes):
-    everything = linear_cases.Case(linear_cases.EVERYTHING, True, True, True)
-    for case in (linear_cases.Case(), everything):
-        problem = linear_cases.make_problem(*sizes, torch.float16, case)
-        linear_cases.check(triton_linear, problem, case)
+LINEAR_OPTIONS = [linear_cases.Case(linear_cases.EVERYTHING, True, True, True), linear_cases.Case()]
+LINEAR = [  # by default one or the other
+    pytest.param(sizes, case, marks=() if n % 2 == i % 2 else pytest.mark.sweep)
+    for i, sizes in enumerate(LINEAR_SIZES)
+    for n, case in enumerate(LINEAR_OPTIONS)
+]
+
+
+@pytest.mark.parametrize(("sizes", "case"), LINEAR, ids=str)
+def test_linear_without_logits(sizes, case):
+    problem = linear_cases.make_problem(*sizes, torch.float16, case)
+    linear_cases.check(triton_linear, problem, case)
 
 
 def test_linear_of_strided_matrices():

@@ -7,10 +7,7 @@ the matrices are read.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from kernels.int8_matmul import triton as backend  # noqa: E402
 from kernels.int8_matmul import triton_plan as plan  # noqa: E402
 from kernels.int8_matmul.rows import triton as rows_backend  # noqa: E402
 from tests.layer_norm.test_triton import moves  # noqa: E402
+from tests.triton_code import SELECTIONS, run_in_interpreter, spilled  # noqa: E402
 
 CASES = Path(__file__).with_name("triton_interpreter_cases.py")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -54,12 +52,9 @@ def product(target, m, n, k, dtype=torch.int8, activation="gelu", by_columns=Fal
 @pytest.mark.skipif(
     not _triton.INTERPRETER_LOOPS, reason="Triton before 3.7 needs NumPy before 2.4 here"
 )
-def test_values_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b\d+ passed", done.stdout), done.stdout
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_values_in_the_interpreter(selection):
+    run_in_interpreter(CASES, selection)
 
 
 # (target, bytes of an element, row of its table): by default the largest tile of each size on one
@@ -90,7 +85,7 @@ def check_tile(monkeypatch, target, size, row, by_columns):
         kernel = product(target, rows, n, k, dtype, activation, by_columns)
         assert kernel.name == "product_kernel"
         assert kernel.metadata.num_warps == row[4]
-        assert kernel.spills() == 0, f"N = {n}, K = {k}"
+        assert spilled([kernel]) == {}, f"N = {n}, K = {k}"
 
 
 @pytest.mark.parametrize(("target", "size", "row"), DEFAULT, ids=str)
@@ -109,7 +104,7 @@ def test_every_tile_compiles_without_spills(monkeypatch, target, size, row, by_c
 @pytest.mark.parametrize("target", swept_but("sm_80"))
 def test_narrow_rows_compile_without_spills(target, dtype):
     for by_columns in (False, True):
-        assert product(target, 16, 501, 503, dtype, by_columns=by_columns).spills() == 0
+        assert spilled([product(target, 16, 501, 503, dtype, by_columns=by_columns)]) == {}
 
 
 # The longest rows that are held, with vectors and without; rows that are swept; short ones.
@@ -126,7 +121,7 @@ def test_rows_compile_without_spills(target, cols, dtype):
     with _triton.compile_only(target) as kernels:
         rows_backend.forward(x, True, weight, weight, 1e-5)
         rows_backend.forward(x, False, None, None, 0.0)
-    assert [kernel.spills() for kernel in kernels] == [0, 0]
+    assert spilled(kernels) == {}
 
 
 @pytest.mark.parametrize(

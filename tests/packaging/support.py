@@ -57,10 +57,11 @@ def python(
     path: Sequence[Path] = (),
     cwd: Path | None = None,
     interpreter: Path | str = sys.executable,
+    **variables: str,
 ) -> str:
     """What a fresh interpreter prints; it must succeed.  `path` is its PYTHONPATH."""
     arguments = ["-c", code] if isinstance(code, str) else list(code)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))} | variables
     done = subprocess.run(
         [interpreter, *arguments], capture_output=True, text=True, cwd=cwd or "/", env=environment
     )

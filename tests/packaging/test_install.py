@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.support import copy_project, python
+from tests.packaging.support import ROOT, copy_project, python
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +73,17 @@ def test_plain_install_without_pins(tmp_path: Path) -> None:
         ["-m", "pytest", "bench", "--benchmark-only", "-q"], cwd=project, interpreter=interpreter
     )
     print(f"torch {version}: {seconds:.0f} processor seconds to install, tests {tested:.0f} s")
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.6.0", "3.8.0", "3.9.0"])
+def test_triton_kernels_with_other_tritons(tmp_path: Path, version: str) -> None:
+    """They compile for every target and give the right numbers on the executor."""
+    site = tmp_path / "site"
+    triton = ["--target", str(site), "--no-deps", f"triton=={version}", "--quiet"]
+    _pip_install(Path(sys.executable), *triton, cwd=tmp_path)
+    tests = [*ROOT.glob("tests/*/test_triton.py"), *ROOT.glob("tests/ptx/test_*_triton.py")]
+    environment = {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    python(["-m", "pytest", *map(str, tests), "-q", "-n", "2"], [site, ROOT], ROOT, **environment)
 
 
 def test_transformers_does_not_take_ours_for_theirs(tmp_path: Path) -> None:
