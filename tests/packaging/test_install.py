@@ -75,7 +75,7 @@ def test_plain_install_without_pins(tmp_path: Path) -> None:
     print(f"torch {version}: {seconds:.0f} processor seconds to install, tests {tested:.0f} s")
 
 
-# Triton before 3.7 puts no fence.proxy.async between cp.async and wgmma, which the executor reports.
+# Triton before 3.7 puts no fence.proxy.async between cp.async and wgmma: the executor reports it.
 UNFENCED = [
     "tests/ptx/test_attention_triton.py::test_values_and_gradients[plain, float16]",
     "tests/ptx/test_attention_triton.py::test_values_and_gradients[bool mask]",
