@@ -16,8 +16,10 @@ import ptx
 from kernels import dispatch
 from kernels.layer_norm import reference
 from tests.ptx.layer_norm_cases import (
+    BF16,
     CUDA_ARCHS,
     EPS,
+    FP32,
     compiled_in_turn,
     cuda_in_turn,
     swept_setting,
@@ -206,9 +208,19 @@ def test_cuda_adds_any_number_of_partial_sums():
         check_whole_sums("cuda", "sm_90a", 64 * partials, 33, dtypes, partials)
 
 
-@pytest.mark.parametrize(("vec", "arch", "dtype", "out"), VECTORS)
-def test_triton_adds_any_number_of_shares(vec, arch, dtype, out):
-    """Sums of whole numbers are exact: 32 shares make a tile, and any of them may be the last."""
+@pytest.mark.parametrize(
+    ("vec", "out"),
+    [
+        *itertools.product((1, 2, 4, 8), [BF16]),
+        (8, FP32),
+        *(pytest.param(vec, FP32, marks=pytest.mark.sweep) for vec in (1, 2, 4)),
+    ],
+    ids=str,
+)
+def test_triton_adds_any_number_of_shares(vec, out):
+    """Sums of whole numbers are exact: 32 shares make a tile, and any of them may be the last.
+
+    By default in the setting of rows of up to 128, whose kernels are compiled anyway."""
     pytest.importorskip("triton")
     from kernels.layer_norm import triton_backward
 
@@ -216,7 +228,7 @@ def test_triton_adds_any_number_of_shares(vec, arch, dtype, out):
         for count in (2, 3, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 60, 64, 70):
             shares = integers(-4, 4, 2, count, cols).unbind()
             totals = [torch.full((cols,), torch.nan, dtype=out) for _ in shares]
-            with ptx.run(arch):
+            with ptx.run(triton_setting(128)[0]):
                 triton_backward._launch_sum_shares(count, cols, shares, *totals)
             for total, each in zip(totals, shares, strict=True):
                 assert torch.equal(total, each.sum(0).to(out))
