@@ -32,7 +32,7 @@ SIZES = [
     (33, (64,)),
     (33, (65,)),
     (200, (128,)),
-    (33, (1000,)),
+    (9, (1000,)),
     (3, (1001,)),
     (3, (6, 10)),
 ]
@@ -89,7 +89,7 @@ def test_values_and_gradients(size, dtype):
     check(x, shape, weight, bias, dy)
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(1, 201), (9, 200)])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 201), (5, 200)])
 def test_long_rows(monkeypatch, rows, cols):
     for module in (backend, triton_backward):
         monkeypatch.setattr(module, "RESIDENT_COLS", 64)
@@ -162,7 +162,7 @@ def test_leading_dimensions():
 
 @pytest.mark.parametrize("cols", [64, 1001])
 def test_large_mean(cols):
-    x, weight, bias, dy = inputs(33, (cols,), torch.float32)
+    x, weight, bias, dy = inputs(9, (cols,), torch.float32)
     check(x + 1e3, (cols,), weight, bias, dy)
 
 

@@ -11,6 +11,9 @@ The mutation test (ptx/mutate.py) showed the need: half of its mutants of long r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,15 +27,47 @@ EPS = 1e-5
 # product runs under the marker `sweep`
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CUDA_ARCHS = {BF16: "sm_90a", FP16: "sm_80", FP32: "sm_100a"}
+
+
+def cuda_in_turn(dtype: torch.dtype, cols: int) -> bool:
+    """Whether CUDA's kernel for rows of this length runs by default: every one in bfloat16, and
+    again in float32 where its vectors are others, in float16 where it has none."""
+    elements = 4 if dtype == FP32 else 8  # of a vector
+    return dtype == BF16 or (cols % elements == 0) == (dtype == FP32)
+
+
 # Of Triton's kernels, which are other ones for each power of two that holds a row, from 8 up, and
 # for rows that are swept.
 TRITON_DTYPES = (FP32, FP16, BF16, FP32, BF16, FP32, FP16, BF16, FP32, FP16, BF16, FP32, FP32)
 TRITON_ARCHS = ("sm_80", "sm_90a")
 
 
+def tile_of(cols: int) -> int:
+    """The number of the power of two that holds a row, from 8 up."""
+    return min(max(0, (cols - 1).bit_length() - 3), len(TRITON_DTYPES) - 1)
+
+
+def in_turn(cols: int) -> bool:
+    """Whether Triton's kernel for rows of this length runs by default.
+
+    Of two neighbouring tiles one runs with vectors and one without, so that either code meets each
+    switch; the rows of up to 128, which are swept by their length, and swept rows run with both.
+    """
+    tile, vectors = tile_of(cols), cols % 8 == 0
+    return tile in (4, len(TRITON_DTYPES) - 1) or vectors == bool(tile % 2)
+
+
+def compiled_in_turn(shapes: Sequence[tuple[int, int]]) -> list[object]:
+    """These (rows, cols) as parameters; `sweep` where their kernel does not run by default."""
+    return [
+        pytest.param(*shape, marks=[pytest.mark.sweep] * (not in_turn(shape[1])))
+        for shape in shapes
+    ]
+
+
 def triton_setting(cols: int) -> tuple[str, torch.dtype, torch.dtype]:
     """Architecture, dtype, and dtype of the parameters for rows of this length."""
-    tile = min(max(0, (cols - 1).bit_length() - 3), len(TRITON_DTYPES) - 1)
+    tile = tile_of(cols)
     dtype = TRITON_DTYPES[tile]
     return TRITON_ARCHS[tile // 2 % 2], dtype, FP32 if tile % 2 else dtype
 

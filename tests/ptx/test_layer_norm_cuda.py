@@ -3,7 +3,8 @@ numbers by the tolerance rule against float64, and nothing for the executor to r
 
 Every kernel runs from the PTX of one architecture, which its dtype decides (CUDA_ARCHS), so that
 all kernels, but for their element type, run on all three; of the schedulers each takes its turn.
-Under the marker `sweep` every kernel runs from the PTX of each.
+Not every kernel runs in every dtype (cuda_in_turn). Under the marker `sweep` every one does, from
+the PTX of each architecture.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from ptx import build
 from ptx.executor import readable
 from tests.layer_norm.test_layer_norm import NAMES, check, results
 from tests.ptx.conftest import ARCHS, SCHEDULES
-from tests.ptx.layer_norm_cases import CUDA_ARCHS, FP32, check_sharp
+from tests.ptx.layer_norm_cases import BF16, CUDA_ARCHS, FP16, FP32, check_sharp, cuda_in_turn
 from tests.tolerance import assert_as_exact_as_torch
 
 SOURCE = build.op_sources()["layer_norm"]
@@ -66,37 +68,60 @@ def lengths(switch: int) -> range:
     return range(max(1, switch - RESIDUES // 2 + 1), switch + RESIDUES // 2 + 1)
 
 
-def run_lengths(arch: str, dtype: torch.dtype, chosen: Sequence[int], kernels: str) -> None:
-    """Schedulers, numbers of rows and dtypes of the parameters take turns; each kernel must run."""
+def named(dtype: torch.dtype, kernels: str) -> set[str]:
+    """Of the kernels that `kernels` matches those for this dtype, and those that have none."""
+    every = set(map(readable, build.kernel_names(SOURCE, CUDA_ARCHS[dtype])))
+    wanted = {name for name in every if "<" not in name or f"<{CPP_TYPES[dtype]}," in name}
+    return {name for name in wanted if re.search(kernels, name)}
+
+
+def run_lengths(arch: str, dtype: torch.dtype, chosen: Sequence[int]) -> set[str]:
+    """Schedulers, numbers of rows and dtypes of the parameters take turns; the kernels launched."""
     launched = set()
     for turn, cols in enumerate(chosen):
-        rows = 9 if turn % 16 == 0 else 1 + turn % 2
+        rows = 9 if turn % 8 == 0 else 1 + turn % 2
         # two multiprocessors, so that 9 rows leave several partial sums to add up
         with cuda(dtype, turn, arch=arch, multiprocessors=1 + (rows == 9)) as session:
             check_rows(rows, cols, dtype, DTYPES[turn // 2 % 3])
         launched |= {launch.name for launch in session.launches}
-    every = set(map(readable, build.kernel_names(SOURCE, arch)))
-    wanted = {name for name in every if "<" not in name or f"<{CPP_TYPES[dtype]}," in name}
-    assert {name for name in wanted if re.search(kernels, name)} <= launched
+    return launched
+
+
+def by_turns(switches: Sequence[int], dtype: torch.dtype) -> list[int]:
+    """Of all dtypes together each residue mod 64 at one of the switches, and at each of them every
+    residue mod 8; of each dtype the lengths next to a switch, with vectors on either side.
+
+    bfloat16 takes the turns of the kernels that do not run in the others (cuda_in_turn)."""
+    cells = list(itertools.product(switches, DTYPES))
+    chosen = []
+    for switch in switches:
+        near = (switch - 1, switch, switch + 1, switch + 8)
+        for cols in filter(partial(cuda_in_turn, dtype), lengths(switch)):
+            at, turn = cells[cols % RESIDUES % len(cells)]
+            taken = turn if cuda_in_turn(turn, cols) else BF16
+            if cols in near or (at, taken) == (switch, dtype):
+                chosen.append(cols)
+    return chosen
+
+
+@pytest.mark.parametrize("switches", [SHORT[0], LONG[0]], ids=["short", "long"])
+def test_the_turns_leave_no_residue_out(switches):
+    chosen = [cols for dtype in DTYPES for cols in by_turns(switches, dtype)]
+    assert {cols % RESIDUES for cols in chosen} == set(range(RESIDUES))
+    for switch in switches:
+        assert {cols % 8 for cols in chosen if cols in lengths(switch)} == set(range(8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("switches", "kernels"), [SHORT, LONG], ids=["short", "long"])
 def test_every_residue_around_the_switches(dtype, switches, kernels):
-    """Each dtype sees the lengths next to a switch and those that fit vectors, and of the others
-    one in three; of long rows, which take longest, each residue at one of the switches."""
-    chosen = []
-    for turn, cols in enumerate(cols for switch in switches for cols in lengths(switch)):
-        near = min(abs(cols - switch) for switch in switches) <= 1
-        by_turn = (turn + DTYPES.index(dtype)) % 3 == 0
-        at_this_switch = (turn + turn // RESIDUES) % 3 == 0
-        if switches is LONG[0]:
-            take = at_this_switch and (by_turn or cols % 4 == 0)
-        else:
-            take = by_turn or cols % 4 == 0
-        if near or take:
-            chosen.append(cols)
-    run_lengths(CUDA_ARCHS[dtype], dtype, chosen, kernels)
+    launched = run_lengths(CUDA_ARCHS[dtype], dtype, by_turns(switches, dtype))
+    elements = {FP32: "[48]", FP16: "1", BF16: r"\d"}[dtype]  # of a vector
+    assert {
+        name
+        for name in named(dtype, kernels)
+        if re.search(f"<{CPP_TYPES[dtype]}, {elements}[,>]|kernel$", name)
+    } <= launched
 
 
 @pytest.mark.sweep
@@ -105,7 +130,7 @@ def test_every_residue_around_the_switches(dtype, switches, kernels):
 @pytest.mark.parametrize(("switches", "kernels"), [SHORT, LONG], ids=["short", "long"])
 def test_every_residue_around_every_switch(arch, dtype, switches, kernels):
     chosen = [cols for switch in switches for cols in lengths(switch)]
-    run_lengths(arch, dtype, chosen, kernels)
+    assert named(dtype, kernels) <= run_lengths(arch, dtype, chosen)
 
 
 def test_the_sweep_names_every_kernel():
@@ -158,10 +183,20 @@ def test_every_choice_of_gradients_and_parameters(cols):
         assert_as_exact_as_torch([y, *got], torchs, exact, NAMES)
 
 
-@pytest.mark.parametrize("cols", [64, 1024, 2048, 16_392])
-def test_misaligned_and_strided_views(cols):
+@pytest.mark.parametrize(
+    ("cols", "dtypes"),
+    [
+        (64, DTYPES),
+        (1024, DTYPES),
+        (2048, (FP16,)),
+        (16_392, (BF16,)),
+        pytest.param(2048, (BF16, FP32), marks=pytest.mark.sweep),
+        pytest.param(16_392, (FP16, FP32), marks=pytest.mark.sweep),
+    ],
+)
+def test_misaligned_and_strided_views(cols, dtypes):
     """Rows that start off a 16-byte boundary take element-wise kernels; strided ones are copied."""
-    for turn, (offset, dtype) in enumerate(itertools.product([1, 2, 4], DTYPES)):
+    for turn, (offset, dtype) in enumerate(itertools.product([1, 2, 4], dtypes)):
         x, dy = (random(3 * cols + offset, dtype=dtype)[offset:].view(3, cols) for _ in range(2))
         weight, bias = (random(cols + offset, dtype=dtype)[offset:] for _ in range(2))
         with cuda(dtype, turn):

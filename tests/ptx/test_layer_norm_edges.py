@@ -15,15 +15,33 @@ import torch
 import ptx
 from kernels import dispatch
 from kernels.layer_norm import reference
-from tests.ptx.layer_norm_cases import CUDA_ARCHS, EPS, swept_setting, triton_setting
+from tests.ptx.layer_norm_cases import (
+    BF16,
+    CUDA_ARCHS,
+    EPS,
+    FP32,
+    compiled_in_turn,
+    cuda_in_turn,
+    swept_setting,
+    triton_setting,
+)
 from tests.ptx.test_layer_norm_sharp import check
 
 # One for each of cuda's kernels, with vectors and without, and for each of its shapes.
 COLUMNS = [72, 255, 504, 511, 520, 1000, 1024, 2040, 2039, 16392, 16385]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EACH_VECTOR = (torch.bfloat16, torch.float32)  # of 8 elements and of 4
+EACH_KERNEL = [
+    pytest.param(cols, dtype, marks=[pytest.mark.sweep] * (not cuda_in_turn(dtype, cols)))
+    for cols, dtype in itertools.product(COLUMNS, EACH_VECTOR)
+]
 # Of Triton's kernels one for each number of elements per vector, compiled for swept rows anyway.
-VECTORS = [(vec, *swept_setting(vec)[:2]) for vec in (1, 2, 4, 8)]
+# The sums are of dtype float32 or, once, of x's.
+VECTORS = [(vec, *swept_setting(vec)) for vec in (1, 2, 4, 8)]
+VECTORS += [
+    (4, *swept_setting(4)[:2], torch.bfloat16),
+    pytest.param(2, *swept_setting(2)[:2], torch.bfloat16, marks=pytest.mark.sweep),
+]
 EACH_GRADIENT = [(True, False, False), (False, True, False), (False, False, True)]
 # Rows of these lengths have means that float32 rounds, and a variance that only the second pass
 # over the row gets right. Enough of both that each element of a tile matters in some row.
@@ -31,22 +49,30 @@ NEARLY_CONSTANT = [(72, 72), (70, 65), (36, 256), (36, 255), (20, 1000), (20, 10
 NEARLY_CONSTANT += [(9, 2040), (9, 2047)]
 
 
+@pytest.mark.parametrize(("cols", "dtype"), EACH_KERNEL, ids=str)
+def test_cuda_parameters_of_every_dtype(cols, dtype):
+    """Each dtype once as the weight's and once as the bias's; other pairs in each kernel."""
+    turn = COLUMNS.index(cols) + EACH_VECTOR.index(dtype)
+    for at, weights in enumerate(DTYPES):
+        biases = DTYPES[(at + turn) % len(DTYPES)]
+        check("cuda", CUDA_ARCHS[dtype], 2, cols, dtype, weights, biases)
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", EACH_VECTOR, ids=str)
 @pytest.mark.parametrize("cols", COLUMNS)
-def test_cuda_parameters_of_every_dtype(cols, dtype):
+def test_cuda_every_pair_of_the_parameters_dtypes(cols, dtype):
     for weights, biases in itertools.product(DTYPES, repeat=2):
         check("cuda", CUDA_ARCHS[dtype], 2, cols, dtype, weights, biases)
 
 
-@pytest.mark.parametrize("dtype", EACH_VECTOR, ids=str)
-@pytest.mark.parametrize("cols", COLUMNS)
+@pytest.mark.parametrize(("cols", "dtype"), EACH_KERNEL, ids=str)
 def test_cuda_each_gradient_alone(cols, dtype):
     for wanted in EACH_GRADIENT:
         check("cuda", CUDA_ARCHS[dtype], 9, cols, dtype, torch.float32, wanted=wanted)
 
 
-@pytest.mark.parametrize("dtype", EACH_VECTOR, ids=str)
-@pytest.mark.parametrize("cols", COLUMNS)
+@pytest.mark.parametrize(("cols", "dtype"), EACH_KERNEL, ids=str)
 def test_cuda_absent_parameters(cols, dtype):
     cases = [(True, False, each) for each in DTYPES] + [(False, True, each) for each in DTYPES]
     for weight, bias, parameters in [*cases, (False, False, torch.float32)]:
@@ -100,14 +126,21 @@ def check_nearly_constant(
         assert ((found.double() - exact).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cuda_rows_of_nearly_equal_values(dtype):
+@pytest.mark.parametrize(
+    ("rows", "cols", "dtype"),
+    [
+        pytest.param(*shape, dtype, marks=[pytest.mark.sweep] * (not cuda_in_turn(dtype, shape[1])))
+        for shape in [*NEARLY_CONSTANT, (3, 16385), (3, 16392)]
+        for dtype in DTYPES
+    ],
+    ids=str,
+)
+def test_cuda_rows_of_nearly_equal_values(rows, cols, dtype):
     """The variance is 1e-10 of the squared mean."""
-    for rows, cols in [*NEARLY_CONSTANT, (3, 16385), (3, 16392)]:
-        check_nearly_constant("cuda", CUDA_ARCHS[dtype], shifted(rows, cols, dtype), dtype)
+    check_nearly_constant("cuda", CUDA_ARCHS[dtype], shifted(rows, cols, dtype), dtype)
 
 
-@pytest.mark.parametrize(("rows", "cols"), NEARLY_CONSTANT)
+@pytest.mark.parametrize(("rows", "cols"), compiled_in_turn(NEARLY_CONSTANT))
 def test_triton_rows_of_nearly_equal_values(rows, cols):
     pytest.importorskip("triton")
     arch, dtype, parameters = triton_setting(cols)
@@ -149,7 +182,9 @@ def check_whole_sums(
             assert total is None if not asked else torch.equal(total, right)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [*EACH_VECTOR, pytest.param(torch.float16, marks=pytest.mark.sweep)], ids=str
+)
 def test_cuda_sums_any_number_of_rows(dtype):
     """A block has 256 columns, which may end at each of a thread's; each of its eight warps takes
     two rows at a time; from 65 rows on there are several partial sums to add."""
@@ -173,29 +208,39 @@ def test_cuda_adds_any_number_of_partial_sums():
         check_whole_sums("cuda", "sm_90a", 64 * partials, 33, dtypes, partials)
 
 
-@pytest.mark.parametrize(("vec", "arch", "dtype"), VECTORS)
-def test_triton_adds_any_number_of_shares(vec, arch, dtype):
-    """Sums of whole numbers are exact: 32 shares make a tile, and any of them may be the last."""
+@pytest.mark.parametrize(
+    ("vec", "out"),
+    [
+        *itertools.product((1, 2, 4, 8), [BF16]),
+        (8, FP32),
+        *(pytest.param(vec, FP32, marks=pytest.mark.sweep) for vec in (1, 2, 4)),
+    ],
+    ids=str,
+)
+def test_triton_adds_any_number_of_shares(vec, out):
+    """Sums of whole numbers are exact: 32 shares make a tile, and any of them may be the last.
+
+    By default in the setting of rows of up to 128, whose kernels are compiled anyway."""
     pytest.importorskip("triton")
     from kernels.layer_norm import triton_backward
 
-    for cols, out in itertools.product((64 + vec, 128 - vec), {torch.float32, dtype}):
+    for cols in (64 + vec, 128 - vec):
         for count in (2, 3, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 60, 64, 70):
             shares = integers(-4, 4, 2, count, cols).unbind()
             totals = [torch.full((cols,), torch.nan, dtype=out) for _ in shares]
-            with ptx.run(arch):
+            with ptx.run(triton_setting(128)[0]):
                 triton_backward._launch_sum_shares(count, cols, shares, *totals)
             for total, each in zip(totals, shares, strict=True):
                 assert torch.equal(total, each.sum(0).to(out))
 
 
-@pytest.mark.parametrize(("vec", "arch", "dtype"), VECTORS)
-def test_triton_sums_any_number_of_rows(vec, arch, dtype):
+@pytest.mark.parametrize(("vec", "arch", "dtype", "out"), VECTORS)
+def test_triton_sums_any_number_of_rows(vec, arch, dtype, out):
     """As above; 32 rows make a tile, and from 128 on there are several shares of them."""
     pytest.importorskip("triton")
     from kernels.layer_norm import triton_backward
 
-    for cols, out in itertools.product((64 + vec, 128 - vec), {torch.float32, dtype}):
+    for cols in (64 + vec, 128 - vec):
         for rows in (*range(1, 34), 64, 70, 150, 260):
             x, dy = integers(-3, 3, rows, cols).to(dtype), integers(-2, 2, rows, cols).to(dtype)
             mean, rstd = integers(-2, 2, rows), 2 ** integers(-1, 1, rows)

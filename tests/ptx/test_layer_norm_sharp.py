@@ -12,7 +12,16 @@ import torch
 import ptx
 from kernels import dispatch
 from kernels.layer_norm import reference
-from tests.ptx.layer_norm_cases import CUDA_ARCHS, EPS, check_sharp, swept_setting, triton_setting
+from tests.ptx.layer_norm_cases import (
+    CUDA_ARCHS,
+    EPS,
+    check_sharp,
+    compiled_in_turn,
+    cuda_in_turn,
+    in_turn,
+    swept_setting,
+    triton_setting,
+)
 
 # With 128-bit vectors and without: each number of columns per thread or tile, and swept rows. Rows
 # enough that the threads of the one multiprocessor go round more than once.
@@ -29,13 +38,20 @@ def check(backend: str, arch: str, *sizes_and_dtypes: Any, **options: Any) -> No
         check_sharp(*sizes_and_dtypes, **options)
 
 
-@pytest.mark.parametrize("dtype", CUDA_ARCHS, ids=str)
-@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+@pytest.mark.parametrize(
+    ("rows", "cols", "dtype"),
+    [
+        pytest.param(*shape, dtype, marks=[pytest.mark.sweep] * (not cuda_in_turn(dtype, shape[1])))
+        for shape in SHAPES
+        for dtype in CUDA_ARCHS
+    ],
+    ids=str,
+)
 def test_cuda(rows, cols, dtype):
     check("cuda", CUDA_ARCHS[dtype], rows, cols, dtype, torch.float32)
 
 
-@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+@pytest.mark.parametrize(("rows", "cols"), compiled_in_turn(SHAPES))
 def test_triton(rows, cols):
     pytest.importorskip("triton")
     arch, dtype, parameters = triton_setting(cols)
@@ -53,8 +69,16 @@ def test_triton_in_every_dtype(rows, cols, dtype):
 
 
 @pytest.mark.parametrize("cols", [72, 65])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("cuda", torch.bfloat16),
+        ("cuda", torch.float32),
+        ("triton", torch.bfloat16),
+        pytest.param("triton", torch.float32, marks=pytest.mark.sweep),
+    ],
+    ids=str,
+)
 def test_every_number_of_rows_of_a_tile(backend, dtype, cols):
     """A block of cuda's and a tile of Triton's holds up to 32 rows: where the last one ends."""
     if backend == "triton":
@@ -64,18 +88,36 @@ def test_every_number_of_rows_of_a_tile(backend, dtype, cols):
         check(backend, arch, rows, cols, dtype, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_cuda_rows_that_end_anywhere_in_a_step(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "rest"),
+    [
+        (torch.bfloat16, 1),
+        (torch.bfloat16, 8),
+        (torch.float32, 8),
+        pytest.param(torch.float32, 1, marks=pytest.mark.sweep),
+    ],
+    ids=str,
+)
+def test_cuda_rows_that_end_anywhere_in_a_step(dtype, rest):
     for cols in TAILS:
-        for rest in (1, 8):
-            check("cuda", CUDA_ARCHS[dtype], 2, cols + rest, dtype, dtype)
+        check("cuda", CUDA_ARCHS[dtype], 2, cols + rest, dtype, dtype)
 
 
-@pytest.mark.parametrize("vec", [1, 2, 4, 8])
-def test_triton_rows_that_end_anywhere_in_a_step(vec):
+@pytest.mark.parametrize(
+    ("vec", "tails"),
+    [
+        (1, TAILS),
+        (2, TAILS[::2]),
+        (4, TAILS[1::2]),
+        (8, TAILS),
+        pytest.param(2, TAILS[1::2], marks=pytest.mark.sweep),
+        pytest.param(4, TAILS[::2], marks=pytest.mark.sweep),
+    ],
+)
+def test_triton_rows_that_end_anywhere_in_a_step(vec, tails):
     pytest.importorskip("triton")
     arch, dtype, parameters = swept_setting(vec)
-    for cols in TAILS:
+    for cols in tails:
         check("triton", arch, 3, cols + vec, dtype, parameters)  # two programs: one has two rows
 
 
@@ -83,9 +125,15 @@ def test_triton_rows_that_end_anywhere_in_a_step(vec):
 # that dtype is compiled for the other tests anyway.
 EQUAL = [("cuda", CUDA_ARCHS[torch.float32], *shape) for shape in SHAPES]
 EQUAL += [
-    pytest.param("triton", arch, *shape, marks=[pytest.mark.sweep] * (dtype != torch.float32))
+    pytest.param(
+        "triton",
+        arch,
+        *shape,
+        marks=[pytest.mark.sweep] * (not default),
+    )
     for shape in SHAPES
     for arch, dtype, _ in [triton_setting(shape[1])]
+    for default in [dtype == torch.float32 and in_turn(shape[1])]
 ]
 
 

@@ -3,10 +3,10 @@
 How lengths are swept: a kernel is compiled anew for each power of two that holds a row (BLOCK_N),
 each number of elements per vector (VEC: 1, 2, 4 or 8, by the length's factors of two) and each set
 of dtypes.  Within one such kernel only masks depend on the length.  So every residue mod 64 is run
-where rows are held (65 to 128) and where they are swept (16385 to 16448), and each BLOCK_N runs at
-its first length, its last and the one before: both sides of every switch.  Each BLOCK_N has one
-architecture and one set of dtypes (triton_setting), all of them under the marker `sweep`;
-schedulers take turns.
+where rows are held (65 to 128), some where they are swept (16385 to 16448), and each BLOCK_N runs
+at its first and last lengths: both sides of every switch.  Each BLOCK_N has one architecture and
+one set of dtypes (triton_setting) and runs with vectors or without, in turns (in_turn).  All of
+them, and each residue of swept rows, run under the marker `sweep`; schedulers take turns.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tests.ptx.layer_norm_cases import (
     TRITON_ARCHS,
     TRITON_DTYPES,
     check_sharp,
+    in_turn,
     swept_setting,
     triton_setting,
 )
@@ -72,6 +73,8 @@ def fused_from_few_rows(monkeypatch):
 
 # ---- every residue mod 64
 
+SWEPT = range(16385, 16449)
+
 
 def of_vector(lengths: range, vec: int) -> list[int]:
     """Those whose longest vector is of `vec` elements."""
@@ -82,22 +85,33 @@ def of_vector(lengths: range, vec: int) -> list[int]:
     ("setting", "vec"),
     [
         *itertools.product([triton_setting(128)], [1, 2, 4, 8]),
-        *itertools.product([("sm_90a", FP32, FP32)], [1, 8]),
+        pytest.param(("sm_90a", FP32, FP32), 1, marks=pytest.mark.sweep),
+        pytest.param(("sm_90a", FP32, FP32), 8, marks=pytest.mark.sweep),
     ],
     ids=str,
 )
 def test_every_length_of_rows_that_are_held(setting, vec):
     for cols, schedule in zip(of_vector(range(65, 129), vec), itertools.cycle(SCHEDULES)):
-        names = run(schedule, 150, cols, setting)
+        names = run(schedule, 100, cols, setting)
         assert names == {"_forward_kernel", "_backward_kernel", "_sum_shares_kernel"}
 
 
+def run_swept(vec: int, chosen: list[int]) -> None:
+    for cols, schedule in zip(chosen, itertools.cycle(SCHEDULES)):
+        names = run(schedule, 1, cols, swept_setting(vec))
+        assert names == {"_forward_long_kernel", "_backward_long_kernel", "_sum_rows_kernel"}
+
+
+@pytest.mark.parametrize("vec", [1, 2, 4, 8])
+def test_lengths_of_rows_that_are_swept(vec):
+    """Every residue mod 8, and both ends of the residues mod 64."""
+    run_swept(vec, of_vector(SWEPT, vec)[::7])
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("vec", [1, 2, 4, 8])
 def test_every_length_of_rows_that_are_swept(vec):
-    setting = swept_setting(vec)
-    for cols, schedule in zip(of_vector(range(16385, 16449), vec), itertools.cycle(SCHEDULES)):
-        names = run(schedule, 1, cols, setting)
-        assert names == {"_forward_long_kernel", "_backward_long_kernel", "_sum_rows_kernel"}
+    run_swept(vec, of_vector(SWEPT, vec))
 
 
 # ---- both sides of every switch
@@ -109,22 +123,28 @@ def test_every_tile_has_its_setting():
     assert [8 << tile for tile in range(len(TRITON_DTYPES) - 1)] == LAST
 
 
-def run_around(last: int, setting: Setting | None) -> None:
+def ends(last: int) -> list[int]:
+    """The first and the last length of a tile, without vectors and with."""
+    return sorted({last // 2 + 1, last - 1, last // 2 + min(8, last // 2), last})
+
+
+def run_around(last: int, lengths: list[int], setting: Setting | None = None) -> None:
     rows = 19200 // last if last <= 128 else 19 if last <= 1024 else 9  # more than a tile's
-    for cols, schedule in zip((last // 2 + 1, last - 1, last), SCHEDULES, strict=True):
+    for cols, schedule in zip(lengths, itertools.cycle(SCHEDULES)):
         run(schedule, rows, cols, setting)
 
 
 @pytest.mark.parametrize("last", LAST)
 def test_around_every_switch_of_tiles(fused_from_few_rows, last):
-    run_around(last, None)
+    """Of lengths with vectors and without, or of those of the two that are in turn."""
+    run_around(last, [cols for cols in ends(last) if in_turn(cols)])
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("last", LAST)
 def test_around_every_switch_in_every_setting(fused_from_few_rows, last, setting):
-    run_around(last, setting)
+    run_around(last, ends(last), setting)
 
 
 def test_dx_alone():
@@ -134,7 +154,7 @@ def test_dx_alone():
         assert names == {"_forward_kernel", "_backward_kernel", "_sum_rows_kernel"}
 
 
-@pytest.mark.parametrize("arch", TRITON_ARCHS)
+@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_80", marks=pytest.mark.sweep)])
 def test_sums_alone(arch):
     """Without dx: sums over shares of the rows."""
     x, dy = torch.randn(200, 40), torch.randn(200, 40)
@@ -154,7 +174,7 @@ def test_sums_alone(arch):
     ("setting", "bias_dtype"),
     [
         (("sm_90a", FP32, BF16), FP16),
-        (("sm_80", FP16, FP32), BF16),
+        pytest.param(("sm_80", FP16, FP32), BF16, marks=pytest.mark.sweep),
         pytest.param(("sm_80", BF16, FP32), FP32, marks=pytest.mark.sweep),
         pytest.param(("sm_90a", BF16, FP16), BF16, marks=pytest.mark.sweep),
     ],
