@@ -1,4 +1,4 @@
-"""What the Triton tests of every op share: the interpreter's process, and spilled registers."""
+"""What the Triton tests of every op share: the interpreter's process, spills, loads and stores."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 from kernels import _triton
 
-# Which cases of a file run in the interpreter: the argument of pytest's -m.
-SELECTIONS = ["not sweep", pytest.param("sweep", marks=pytest.mark.sweep)]
+DEFAULT = "not sweep"  # which cases of a file run in the interpreter: the argument of pytest's -m
+SELECTIONS = [DEFAULT, pytest.param("sweep", marks=pytest.mark.sweep)]
 
 # Tiles are chosen for the Triton of constraints.txt and for the newest that PyTorch brings.  Others
 # allocate registers a little differently: they may spill a few, which costs time and nothing else.
@@ -22,7 +22,7 @@ CHOSEN_FOR = {(3, 7), (3, 8)}
 TOLERATED = 64  # bytes, with the others
 
 
-def run_in_interpreter(cases: Path, selection: str) -> None:
+def run_in_interpreter(cases: Path, selection: str = DEFAULT) -> None:
     """All selected cases of a file pass in Triton's interpreter, and there are some.
 
     The interpreter must be on before the kernels are decorated, hence in a process of its own.
@@ -42,3 +42,12 @@ def spilled(kernels: Iterable[_triton.Compiled]) -> dict[str, int]:
         for kernel in kernels
         if kernel.spills() > tolerated
     }
+
+
+def moves(kernel: _triton.Compiled) -> dict[str, int]:
+    """How often each kind of global load and store occurs in the PTX."""
+    found = re.findall(
+        r"\b(ld|st)\.global(?:\.\w+)*?((?:\.v\d)?)\.[bf](\d+)", kernel.file("ptx").read_text()
+    )
+    kinds = [f"{move}{int(width) * int(vector[2:] or 1)}" for move, vector, width in found]
+    return {kind: kinds.count(kind) for kind in kinds}

@@ -19,9 +19,8 @@ from kernels.cross_entropy import triton as backend  # noqa: E402
 from kernels.cross_entropy import triton_linear  # noqa: E402
 from kernels.cross_entropy import triton_plan as plan  # noqa: E402
 from tests.cross_entropy import linear_cases  # noqa: E402
-from tests.layer_norm.test_triton import moves  # noqa: E402
 from tests.ptx.cross_entropy_cases import EVERYTHING, PLAIN, SOFT, Options  # noqa: E402
-from tests.triton_code import SELECTIONS, run_in_interpreter, spilled  # noqa: E402
+from tests.triton_code import SELECTIONS, moves, run_in_interpreter, spilled  # noqa: E402
 
 CASES = Path(__file__).with_name("triton_interpreter_cases.py")
 

@@ -19,8 +19,7 @@ _triton = pytest.importorskip(
 from kernels.int8_matmul import triton as backend  # noqa: E402
 from kernels.int8_matmul import triton_plan as plan  # noqa: E402
 from kernels.int8_matmul.rows import triton as rows_backend  # noqa: E402
-from tests.layer_norm.test_triton import moves  # noqa: E402
-from tests.triton_code import SELECTIONS, run_in_interpreter, spilled  # noqa: E402
+from tests.triton_code import moves, run_in_interpreter, spilled  # noqa: E402
 
 CASES = Path(__file__).with_name("triton_interpreter_cases.py")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -52,9 +51,8 @@ def product(target, m, n, k, dtype=torch.int8, activation="gelu", by_columns=Fal
 @pytest.mark.skipif(
     not _triton.INTERPRETER_LOOPS, reason="Triton before 3.7 needs NumPy before 2.4 here"
 )
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_values_in_the_interpreter(selection):
-    run_in_interpreter(CASES, selection)
+def test_values_in_the_interpreter():
+    run_in_interpreter(CASES)
 
 
 # (target, bytes of an element, row of its table): by default the largest tile of each size on one

@@ -6,10 +6,6 @@ compile for every target, that no register spills, and that rows are moved by 12
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +15,7 @@ _triton = pytest.importorskip(
     "kernels._triton", reason="triton is not installed", exc_type=ImportError
 )
 from kernels.layer_norm import triton as backend  # noqa: E402
+from tests.triton_code import moves, run_in_interpreter, spilled  # noqa: E402
 
 CASES = Path(__file__).with_name("triton_interpreter_cases.py")
 ALL = (True, True, True)
@@ -64,24 +61,11 @@ def compiled(target, cols, dtype, parameters=None, rows=None, masks=(ALL,)):
     return kernels
 
 
-def moves(kernel) -> dict[str, int]:
-    """How often each kind of global load and store occurs in the PTX."""
-    found = re.findall(
-        r"\b(ld|st)\.global(?:\.\w+)*?((?:\.v\d)?)\.[bf](\d+)", kernel.file("ptx").read_text()
-    )
-    kinds = [f"{move}{int(width) * int(vector[2:] or 1)}" for move, vector, width in found]
-    return {kind: kinds.count(kind) for kind in kinds}
-
-
 @pytest.mark.skipif(
     not _triton.INTERPRETER_LOOPS, reason="Triton before 3.7 needs NumPy before 2.4 here"
 )
 def test_values_and_gradients_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b\d+ passed", done.stdout), done.stdout
+    run_in_interpreter(CASES)
 
 
 @pytest.mark.parametrize(("target", "cols", "dtype", "parameters"), COMPILED)
@@ -89,7 +73,7 @@ def test_compiles_without_spills(target, cols, dtype, parameters):
     masks = (ALL, (True, False, False), (False, True, True))
     kernels = compiled(target, cols, dtype, parameters, masks=masks)
     assert len(kernels) >= 3
-    assert {f"{k.name} {k.metadata.hash[:8]}": k.spills() for k in kernels if k.spills()} == {}
+    assert spilled(kernels) == {}
 
 
 @pytest.mark.parametrize(("target", "cols"), [("sm_80", 8192), ("gfx942", 16384), ("sm_90", 16385)])
@@ -98,7 +82,7 @@ def test_few_rows_take_separate_kernels(target, cols):
     long = "" if _triton.resident(backend.RESIDENT_COLS, cols, _triton.vector(cols)) else "_long"
     names = [f"_forward{long}_kernel", f"_backward{long}_kernel", "_sum_rows_kernel"]
     assert [kernel.name for kernel in kernels] == names
-    assert [kernel.spills() for kernel in kernels] == [0, 0, 0]
+    assert spilled(kernels) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
