@@ -1,6 +1,7 @@
 """What ptxas says of the CUDA kernels of an op for one target: registers, stack and spills.
 
-The PTX is the executor's, from its cache, so that it is compiled once for all tests.
+The PTX is the executor's, from its cache, so that it is compiled once for all tests.  A target is
+one test where ptxas takes long: pytest-xdist's workers share no fixture.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from ptx import build
+from ptx.cache import cached, digest
 
 # Machine code -> the PTX it is made of, as in the package but for 86 and 89, whose code differs
 # from that of 80 in what ptxas makes of it alone.
@@ -33,21 +35,31 @@ class Usage(NamedTuple):
     local: int  # bytes of stack and spills
 
 
-def usages(op: str, target: str, folder: Path) -> list[Usage]:
+def usages(op: str, target: str) -> list[Usage]:
     """Of every kernel of `op`; fails where one does not compile."""
-    ptx = build.nvcc_ptx(build.op_sources()[op], f"sm_{TARGETS[target]}")
-    return _parsed(assemble(ptx, target, folder)[1])
+    return _parsed(machine_code(op, target)[1])
 
 
-def assemble(ptx: str, target: str, folder: Path) -> tuple[Path, str]:
-    """The machine code, and what ptxas says of it."""
-    text, cubin = folder / "kernels.ptx", folder / "kernels.cubin"
-    text.write_text(ptx)
+def machine_code(op: str, target: str) -> tuple[Path, str]:
+    """The machine code of every kernel of `op`, and what ptxas says of it."""
+    return assemble(build.nvcc_ptx(build.op_sources()[op], f"sm_{TARGETS[target]}"), target)
+
+
+def assemble(ptx: str, target: str) -> tuple[Path, str]:
+    """The machine code, and what ptxas says of it; kept in the executor's cache."""
     ptxas = Path(build.nvcc()).resolve().with_name("ptxas")
-    command = [ptxas, "-v", f"-arch=sm_{target}", text, "-o", cubin]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return cubin, result.stderr
+
+    def make(folder: Path) -> None:
+        text, cubin = folder / "kernels.ptx", folder / "kernels.cubin"
+        text.write_text(ptx)
+        command = [ptxas, "-v", f"-arch=sm_{target}", text, "-o", cubin]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        (folder / "said").write_text(result.stderr)
+
+    version = subprocess.run([ptxas, "--version"], capture_output=True, check=True).stdout
+    folder = cached(f"cubin-{digest(ptx, target, version)}", make)
+    return folder / "kernels.cubin", (folder / "said").read_text()
 
 
 def _parsed(ptxas: str) -> list[Usage]:

@@ -6,14 +6,13 @@ every target is asserted in the sources.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from bench import sass
 from ptx import build
 from ptx.machine_code import cuobjdump
-from tests.machine_code import Usage, assemble, targets, usages
+from tests.machine_code import assemble, targets, usages
 
 SOURCE = build.op_sources()["attention"]
 CLASSES = {64, 128, 256}  # head dimensions
@@ -26,20 +25,14 @@ HOPPER_KEYS = 128  # of a tile
 REGISTERS_PER_THREAD = 255
 
 
-@pytest.fixture(scope="module", params=targets(default=("90a",)))
-def compiled(request: pytest.FixtureRequest, tmp_path_factory) -> list[Usage]:
-    return usages("attention", request.param, tmp_path_factory.mktemp("cuda"))
-
-
-def test_every_kernel_is_compiled(compiled: list[Usage]) -> None:
+@pytest.mark.parametrize("target", targets(default=("90a",)))
+def test_machine_code(target: str) -> None:
+    compiled = usages("attention", target)
     assert {u.kernel for u in compiled} == KERNELS | ROW_KERNELS | {HOPPER}
     # three dtypes of every class, of delta and of combine; two of the Hopper kernel's
     assert len(compiled) == 3 * len(CLASSES) * len(KERNELS) + 3 * 2 + 2 + 2 * len(HOPPER_CLASSES)
     assert {u.integers for u in compiled if u.kernel in KERNELS} == {(c,) for c in CLASSES}
     assert {u.integers for u in compiled if u.kernel == HOPPER} == {(c,) for c in HOPPER_CLASSES}
-
-
-def test_no_spills_and_no_local_memory(compiled: list[Usage]) -> None:
     assert [u for u in compiled if u.local] == []
     assert max(u.registers for u in compiled) <= REGISTERS_PER_THREAD
 
@@ -73,11 +66,11 @@ def test_hopper_fences_commits_and_waits(head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("head_dim", HOPPER_CLASSES)
-def test_hopper_makes_weights_while_products_run(head_dim: int, tmp_path: Path) -> None:
+def test_hopper_makes_weights_while_products_run(head_dim: int) -> None:
     """Between the waits for the product with the keys and for the one with the values."""
     # Without source lines: they refer to what was split off.
     text = re.sub(r"^\s*\.loc\b.*$", "", hopper_ptx(head_dim), flags=re.M)
-    cubin, said = assemble(text, "90a", tmp_path)
+    cubin, said = assemble(text, "90a")
     assert "serialized" not in said  # what ptxas says where products cannot run behind
     (code,) = sass.functions(cuobjdump("-sass", cubin)).values()
     steps = " ".join(f"{i.opcode} {i.operands}" for i in code)

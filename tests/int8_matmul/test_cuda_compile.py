@@ -10,7 +10,7 @@ import pytest
 from bench import sass
 from bench.loops import Instruction, innermost_loops
 from ptx.machine_code import cuobjdump
-from tests.machine_code import REGISTERS, Usage, targets, usages
+from tests.machine_code import REGISTERS, Usage, machine_code, targets, usages
 
 # Kernel -> its instances, and the threads that are to be resident on a multiprocessor.
 KERNELS = {
@@ -40,10 +40,10 @@ def count(opcodes: list[str], instruction: str) -> int:
 
 
 @pytest.fixture(scope="module", params=targets(default=("90a",)))
-def compiled(request: pytest.FixtureRequest, tmp_path_factory) -> Compiled:
-    folder = tmp_path_factory.mktemp("cuda")
-    found = usages("int8_matmul", request.param, folder)
-    return Compiled(found, sass.functions(cuobjdump("-sass", folder / "kernels.cubin")))
+def compiled(request: pytest.FixtureRequest) -> Compiled:
+    cubin, _ = machine_code("int8_matmul", request.param)
+    found = usages("int8_matmul", request.param)
+    return Compiled(found, sass.functions(cuobjdump("-sass", cubin)))
 
 
 def test_every_kernel_is_compiled(compiled: Compiled) -> None:

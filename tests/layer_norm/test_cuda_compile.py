@@ -3,8 +3,6 @@ enough registers for the grids that csrc/layer_norm/cuda.cuh plans."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.machine_code import REGISTERS, Usage, targets, usages
@@ -26,9 +24,8 @@ RESIDENT = {
 
 
 @pytest.mark.parametrize("target", targets(default=("80", "90a", "100a")))
-def test_machine_code(target: str, tmp_path: Path) -> None:
-    """One test for each target: ptxas takes longest, and workers share no fixture."""
-    compiled = usages("layer_norm", target, tmp_path)
+def test_machine_code(target: str) -> None:
+    compiled = usages("layer_norm", target)
     kernels = {(u.kernel, u.integers) for u in compiled}
     assert {name for name, *_ in RESIDENT} < {name for name, _ in kernels}
     # 3 dtypes of x times 5 row classes each way, 3 sweeping or column kernels, and one reduction
