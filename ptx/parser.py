@@ -45,7 +45,7 @@ _LOC = re.compile(
 _LABEL = re.compile(rf"({WORD})\s*:\s*")
 # The groups: "!" and the register of a guard, the opcode, the operands.
 _STATEMENT = re.compile(
-    rf"(?:@\s*(!?)\s*({WORD})\s*)?({WORD})(?![\w$.]|\s*:)"
+    rf"(?:@\s*(!?)\s*({WORD})\s+)?({WORD})(?![\w$.]|\s*:)"
     rf"\s*([^;/]*(?:{COMMENT}[^;/]*)*);\s*",
     re.DOTALL,
 )
