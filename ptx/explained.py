@@ -15,6 +15,7 @@ count.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -33,7 +34,14 @@ def entries() -> list[Entry]:
 
 def fits(wanted: str, text: str) -> bool:
     """Whether `text` is `wanted`, in which "…" stands for anything."""
-    return re.fullmatch(".*".join(map(re.escape, wanted.split("…"))), text) is not None
+    if "…" not in wanted:
+        return text == wanted
+    return _pattern(wanted).fullmatch(text) is not None
+
+
+@functools.cache
+def _pattern(wanted: str) -> re.Pattern[str]:
+    return re.compile(".*".join(map(re.escape, wanted.split("…"))))
 
 
 def explains(entry: Entry, kernel: str, mutant: Mutant) -> bool:

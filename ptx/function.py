@@ -92,7 +92,11 @@ class FunctionEmitter:
     def code(self) -> str:
         scopes = _scope_numbers()
         for item in self.function.body or []:
-            if isinstance(item, ScopeBegin):
+            if isinstance(item, Statement):
+                self._statement(item)
+            elif isinstance(item, Label):
+                self._place_label(item)
+            elif isinstance(item, ScopeBegin):
                 self._scopes.append(next(scopes))
                 self.names.push()
             elif isinstance(item, ScopeEnd):
@@ -100,12 +104,8 @@ class FunctionEmitter:
                 self.names.pop()
             elif isinstance(item, Registers):
                 self.names.declare(item)
-            elif isinstance(item, Variable):
-                self._variable(item)
-            elif isinstance(item, Label):
-                self._place_label(item)
             else:
-                self._statement(item)
+                self._variable(item)
         return "\n".join([*self._declarations(), *self._lines, "  return;"])
 
     def _statement(self, statement: Statement) -> None:
@@ -123,7 +123,8 @@ class FunctionEmitter:
             self._kernel.unsupported(opcode)
             message = _quoted(f"PTX instruction {opcode} is not implemented ({reason})")
             code = f'fatal("unsupported", {message}, {self.site(statement)});'
-        self._lines.append(f"  {code}  // {statement.text.rstrip(chr(92))}")
+        written = statement.text.rstrip("\\")  # which would make a comment of the next line
+        self._lines.append(f"  {code}  // {written}")
         if statement.words[0] in _ENDS_BLOCK:
             self._block_begins = True
 

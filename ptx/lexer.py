@@ -9,16 +9,22 @@ from typing import NamedTuple
 from ptx.syntax import PtxSyntaxError
 
 # A word holds its dots and double colons (ld.shared::cta.b32, %tid.x); a single colon ends a label.
+WORD = r"[A-Za-z_$%.][\w$.]*(?:::[\w$.]+)*"
+INTEGER = r"(?:0[xX][0-9a-fA-F]+U?|0[bB][01]+U?|\d+U?)"
+FLOAT = r"(?:0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|\d+\.\d+(?:[eE][+-]?\d+)?)"
+COMMENT = r"/(?:/[^\n]*|\*.*?\*/)"
+
+_SPACE = re.compile(rf"\s*(?:{COMMENT}\s*)*", re.DOTALL)
 _TOKEN = re.compile(
-    r"""
-    (?P<space>\s+|//[^\n]*|/\*.*?\*/)
-  | (?P<word>[A-Za-z_$%.][\w$.]*(?:::[\w$.]+)*)
-  | (?P<float>0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|\d+\.\d+(?:[eE][+-]?\d+)?)
-  | (?P<integer>0[xX][0-9a-fA-F]+U?|0[bB][01]+U?|\d+U?)
+    rf"""
+    (?P<word>{WORD})
+  | (?P<float>{FLOAT})
+  | (?P<integer>{INTEGER})
   | (?P<string>"[^"]*")
-  | (?P<mark>[][{}(),;:|!@<>+\-=*])
+  | (?P<mark>[][{{}}(),;:|!@<>+\-=*])
+  | (?P<end>\Z)
     """,
-    re.VERBOSE | re.DOTALL,
+    re.VERBOSE,
 )
 
 
@@ -41,18 +47,14 @@ class Source:
 
     def error(self, offset: int, message: str) -> PtxSyntaxError:
         line = self.line(offset)
-        return PtxSyntaxError(f"PTX line {line}: {message}: {self.text.splitlines()[line - 1]!r}")
+        text = self.text.split("\n")[line - 1]
+        return PtxSyntaxError(f"PTX line {line}: {message}: {text!r}")
 
-    def tokens(self) -> list[Token]:
-        tokens, position = [], 0
-        match_at = _TOKEN.match
-        while position < len(self.text):
-            match = match_at(self.text, position)
-            if match is None:
-                raise self.error(position, f"unknown character {self.text[position]!r}")
-            position = match.end()
-            kind = match.lastgroup or ""
-            if kind != "space":
-                tokens.append(Token(kind, match.group(), match.start(), position))
-        tokens.append(Token("end", "", position, position))
-        return tokens
+    def token(self, offset: int) -> Token:
+        """The next token from the offset on."""
+        space = _SPACE.match(self.text, offset)
+        start = space.end() if space else offset
+        match = _TOKEN.match(self.text, start)
+        if match is None:
+            raise self.error(start, f"unknown character {self.text[start]!r}")
+        return Token(match.lastgroup or "", match.group(), start, match.end())

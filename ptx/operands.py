@@ -6,6 +6,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ptx.syntax import (
     TYPE_BYTES,
@@ -34,8 +35,6 @@ C_TYPE = {
 }
 for _type, _bytes in TYPE_BYTES.items():
     C_TYPE.setdefault(_type, f"u{8 * _bytes}")
-
-_UNSIGNED = {1: "u8", 2: "u16", 4: "u32", 8: "u64", 16: "u128"}
 
 SPECIAL_REGISTERS = {
     **{f"%tid.{axis}": f"current->index.{axis}" for axis in "xyz"},
@@ -67,15 +66,15 @@ SPECIAL_REGISTERS = {
 }
 
 
-@dataclass(frozen=True)
-class Register:
+# PTX type → the C++ type of a register: f32 and f64 as such, everything else as unsigned bits.
+_STORAGE = {type: f"u{8 * bytes}" for type, bytes in TYPE_BYTES.items()}
+_STORAGE |= {"pred": "bool", "f32": "f32", "f64": "f64"}
+
+
+class Register(NamedTuple):
     cpp: str
     type: str  # the PTX type that it was declared with
-
-    @property
-    def storage(self) -> str:
-        """Its C++ type: f32 and f64 as such, everything else as unsigned bits."""
-        return self.type if self.type in ("f32", "f64") else _unsigned(self.type)
+    storage: str  # its C++ type
 
 
 @dataclass(frozen=True)
@@ -90,16 +89,14 @@ class Symbol:
         return self.space in ("global", "const", "param")
 
 
-def _unsigned(type: str) -> str:
-    return "bool" if type == "pred" else _UNSIGNED[TYPE_BYTES[type]]
+# Neither a C++ word nor one of the types in math.h.
+_FREE = re.compile(r"[%$]*((?!(?:[us](?:8|16|32|64|128)|f32|f64)\Z)(?:[a-z]{1,3}\d+|L__\w+))")
 
 
 def identifier(name: str) -> str:
     """A C++ identifier for a PTX name; %r12 stays r12, what might be a C++ word gets a `_`."""
-    plain = re.sub(r"\W", "_", name.lstrip("%$"))
-    taken = re.fullmatch(r"[us](8|16|32|64|128)|f32|f64", plain)  # types in math.h
-    free = re.fullmatch(r"[a-z]{1,3}\d+|L__\w+", plain) and not taken
-    return plain if free else plain + "_"
+    free = _FREE.fullmatch(name)
+    return free[1] if free else re.sub(r"\W", "_", name.lstrip("%$")) + "_"
 
 
 def convert(expression: str, source: str, target: str) -> str:
@@ -152,6 +149,7 @@ class Names:
         self._scopes: list[dict[str, Register | Symbol]] = [dict(symbols)]
         self._families: list[dict[str, str]] = [{}]  # %r of .reg .b32 %r<70> → b32
         self._suffixes = [""]  # makes the names of an inner scope unique
+        self._found: list[dict[str, Register | Symbol]] = [{}]  # by names as seen in each scope
         self._scope_count = 0
         self.used: dict[str, Register] = {}  # by C++ name
 
@@ -159,21 +157,24 @@ class Names:
         self._scope_count += 1
         self._scopes.append({})
         self._families.append({})
+        self._found.append({})
         self._suffixes.append(f"_{self._scope_count}")
 
     def pop(self) -> None:
         self._scopes.pop()
         self._families.pop()
+        self._found.pop()
         self._suffixes.pop()
 
     def declare(self, item: Registers) -> None:
+        self._found[-1].clear()
         if item.count is None:
-            cpp = identifier(item.name) + self._suffixes[-1]
-            self._scopes[-1][item.name] = Register(cpp, item.type)
+            self._scopes[-1][item.name] = self._register(item.name, item.type, -1)
         else:
             self._families[-1][item.name] = item.type
 
     def add(self, name: str, symbol: Symbol) -> None:
+        self._found[-1].clear()
         self._scopes[-1][name] = symbol
 
     def unique(self, name: str) -> str:
@@ -181,29 +182,33 @@ class Names:
         return identifier(name) + self._suffixes[-1]
 
     def find(self, name: str) -> Register | Symbol | None:
+        found = self._found[-1].get(name)
+        return found or self._search(name)
+
+    def _search(self, name: str) -> Register | Symbol | None:
+        """From the innermost scope outwards."""
         for depth in range(len(self._scopes) - 1, -1, -1):
             found = self._scopes[depth].get(name)
             if found is None:
                 type = self._families[depth].get(name.rstrip("0123456789"))
                 if type is None:
                     continue
-                found = Register(identifier(name) + self._suffixes[depth], type)
-                self._scopes[depth][name] = found
+                found = self._register(name, type, depth)
             if isinstance(found, Register):
                 self.used[found.cpp] = found
+            self._found[-1][name] = found
             return found
         return self._resolve(name)
+
+    def _register(self, name: str, type: str, depth: int) -> Register:
+        return Register(identifier(name) + self._suffixes[depth], type, _STORAGE[type])
 
     # ---- operands --------------------------------------------------------------------------------
 
     def read(self, operand: Operand, type: str) -> str:
         """The operand's value as an expression of the C++ type of the PTX type."""
-        target = C_TYPE[type]
-        if isinstance(operand, Integer | Float):
-            return literal(operand, type)
-        if isinstance(operand, Not):
-            return f"!{self.read(operand.name, 'pred')}"
         if isinstance(operand, Name):
+            target = C_TYPE[type]
             found = self.find(operand.text)
             if isinstance(found, Register):
                 return convert(found.cpp, found.storage, target)
@@ -213,6 +218,10 @@ class Names:
             if special:
                 return special if target == "u32" else f"{target}({special})"
             raise Unsupported(f"the operand {operand.text}")
+        if isinstance(operand, (Integer, Float)):
+            return literal(operand, type)
+        if isinstance(operand, Not):
+            return f"!{self.read(operand.name, 'pred')}"
         if isinstance(operand, Vector) and len(operand.items) == 1:
             return self.read(operand.items[0], type)
         raise Unsupported(f"an operand of the kind {operand.__class__.__name__.lower()}")
@@ -230,9 +239,9 @@ class Names:
         found = self.find(operand.text)
         if not isinstance(found, Register):
             raise Unsupported(f"the destination {operand.text}")
-        source = C_TYPE[type]
-        if {source, found.storage} & {"f32", "f64"}:
-            value = convert(value, source, found.storage)
+        source, target = C_TYPE[type], found.storage
+        if source != target and ("f32" in (source, target) or "f64" in (source, target)):
+            value = convert(value, source, target)
         return f"{found.cpp} = {value};"
 
     def symbol(self, symbol: Symbol) -> str:

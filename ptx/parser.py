@@ -1,4 +1,7 @@
-"""PTX text → ptx.syntax.Module: a recursive-descent parser over the tokens of the text."""
+"""PTX text → ptx.syntax.Module.
+
+Declarations are read token by token.  Statements, labels and .loc, nearly all of a text, are one
+match of a regular expression each."""
 
 from __future__ import annotations
 
@@ -6,17 +9,16 @@ import re
 from pathlib import PurePosixPath
 
 from ptx.cursor import Cursor
-from ptx.lexer import Source
+from ptx.lexer import COMMENT, INTEGER, WORD, Source
+from ptx.operand_parser import OperandParser, float_literal
 from ptx.syntax import (
     TYPE_BYTES,
-    Float,
     Function,
     Guard,
-    Integer,
     Item,
     Label,
     Module,
-    Operand,
+    PtxSyntaxError,
     Registers,
     ScopeBegin,
     ScopeEnd,
@@ -31,6 +33,22 @@ _FUNCTION_DIRECTIVES = re.compile(
     r"\.(maxntid|reqntid|minnctapersm|maxnreg|reqnctapercluster|maxclusterrank|explicitcluster"
     r"|noreturn|abi_preserve\w*)$"
 )
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
+_SPACE = re.compile(rf"(?:{COMMENT}|\s)\s*", re.DOTALL)
+_SECTION = re.compile(rf"\.section[^{{]*\{{[^}}/]*(?:{COMMENT}[^}}/]*)*\}}", re.DOTALL)
+# The groups: file, line and column, and those of the place that this one was inlined at.
+_LOC = re.compile(
+    r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)\s*"
+    rf"(?:,\s*function_name\s+{WORD}\s*(?:\+\s*{INTEGER}\s*)?"
+    r",\s*inlined_at\s+(\d+)\s+(\d+)\s+(\d+)\s*)?"
+)
+_LABEL = re.compile(rf"({WORD})\s*:\s*")
+# The groups: "!" and the register of a guard, the opcode, the operands.
+_STATEMENT = re.compile(
+    rf"(?:@\s*(!?)\s*({WORD})\s+)?({WORD})(?![\w$.]|\s*:)"
+    rf"\s*([^;/]*(?:{COMMENT}[^;/]*)*);\s*",
+    re.DOTALL,
+)
 
 
 def parse(text: str) -> Module:
@@ -43,8 +61,10 @@ class _Parser(Cursor):
         super().__init__(source)
         self.result = Module()
         self.location = ""
-        self.files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', source.text, re.MULTILINE))
+        self.files = {n: PurePosixPath(path).name for n, path in _FILE.findall(source.text)}
         self.inlined: dict[tuple[str, ...], str] = {}  # (file, line, column) → its own chain
+        self.operands = OperandParser()
+        self.opcodes: dict[str, tuple[str, ...]] = {}  # each opcode's words
 
     # ---- module ----------------------------------------------------------------------------------
 
@@ -75,7 +95,7 @@ class _Parser(Cursor):
             while self.accept(","):
                 self.integer()
         elif text == ".loc":
-            self.loc()
+            self.move(self.directive(self.token.start, []))
         elif text == ".section":
             self.section()
         elif text in (".pragma", ".alias"):
@@ -85,34 +105,23 @@ class _Parser(Cursor):
 
     def section(self) -> None:
         """Debug information: nothing that runs."""
-        while not self.accept("{"):
-            self.next()
-        while not self.accept("}"):
-            self.next()
+        found = _SECTION.match(self.source.text, self.token.start)
+        if found is None:
+            raise self.error("a section without its braces")
+        self.move(found.end())
 
-    def loc(self) -> None:
+    def loc(self, found: re.Match[str]) -> None:
         """.loc file line column [, function_name label, inlined_at file line column]"""
-        self.next()
-        position = tuple(self.next().text for _ in range(3))
-        parent = ""
-        while self.token.text == "," or self.token.text in ("function_name", "inlined_at"):
-            self.accept(",")
-            keyword = self.word()
-            if keyword == "function_name":
-                self.word()
-                if self.accept("+"):
-                    self.integer()
-            elif keyword == "inlined_at":
-                caller = tuple(self.next().text for _ in range(3))
-                parent = self.inlined.get(caller) or self.place(caller)
-        if position[1] == "0":  # code without a line of its own stays with the line before
-            return
-        self.location = self.place(position) + (f"<{parent}" if parent else "")
-        self.inlined[position] = self.location
+        position, caller = found.groups()[:3], found.groups()[3:]
+        if position[1] != "0":  # code without a line of its own stays with the line before
+            self.location = self.place(position)
+            if caller[0]:
+                self.location += f"<{self.inlined.get(caller) or self.place(caller)}"
+            self.inlined[position] = self.location
 
     def place(self, position: tuple[str, ...]) -> str:
-        path = self.files.get(position[0], f"file {position[0]}")
-        return f"{PurePosixPath(path).name}:{position[1]}"
+        file, line, _ = position
+        return f"{self.files.get(file) or f'file {file}'}:{line}"
 
     # ---- variables -------------------------------------------------------------------------------
 
@@ -188,10 +197,10 @@ class _Parser(Cursor):
                 self.next()
             out.append(0)
             return "an initial value that is an address"
-        value = self.operand()
-        if not isinstance(value, Integer | Float):
-            raise self.error("an initial value that is not a constant")
-        out.append(value.value if isinstance(value, Integer) else value.bits)
+        if self.token.kind == "float":
+            out.append(float_literal(self.next().text).bits)
+        else:
+            out.append(self.integer())
         return ""
 
     # ---- functions -------------------------------------------------------------------------------
@@ -237,47 +246,58 @@ class _Parser(Cursor):
         return found
 
     def body(self, function: Function, items: list[Item]) -> None:
-        depth = 1
+        """From behind the opening brace to behind the closing one."""
+        text, at, depth = self.source.text, self.token.start, 1
         while depth:
-            text = self.token.text
-            if text == "{":
-                self.next()
-                items.append(ScopeBegin())
-                depth += 1
-            elif text == "}":
-                self.next()
-                items.append(ScopeEnd())
-                depth -= 1
-            elif text == ".loc":
-                self.loc()
-            elif text == ".reg":
-                items += self.registers()
-            elif text in _SPACES:
-                items += self.variables()
-            elif text == ".pragma":
-                self.skip_statement()
-            elif text == ";":
-                self.next()
-            elif self.tokens[self.at + 1].text == ":" and self.token.kind == "word":
-                self.label(function, items)
+            character = text[at : at + 1]
+            if character == ".":
+                at = self.directive(at, items)
+            elif character in ("{", "}", ";"):
+                at += 1
+                if character != ";":
+                    items.append(ScopeBegin() if character == "{" else ScopeEnd())
+                    depth += 1 if character == "{" else -1
+            elif statement := _STATEMENT.match(text, at):
+                items.append(self.statement(statement))
+                at = statement.end()
+            elif label := _LABEL.match(text, at):
+                at = self.label(label, function, items)
+            elif space := _SPACE.match(text, at):
+                at = space.end()
             else:
-                items.append(self.statement())
+                raise self.source.error(at, "expected an instruction")
         items.pop()  # the function's own closing brace
+        self.move(at)
 
-    def label(self, function: Function, items: list[Item]) -> None:
-        name = self.word()
-        self.expect(":")
-        if self.token.text == ".branchtargets":
-            self.next()
-            targets = [self.word()]
-            while self.accept(","):
-                targets.append(self.word())
-            self.expect(";")
-            function.branch_targets[name] = tuple(targets)
-        elif self.token.text == ".callprototype":  # of an indirect call, which is unsupported
+    def directive(self, at: int, items: list[Item]) -> int:
+        """Returns where it ends."""
+        if loc := _LOC.match(self.source.text, at):
+            self.loc(loc)
+            return loc.end()
+        self.move(at)
+        if self.token.text == ".reg":
+            items += self.registers()
+        elif self.token.text in _SPACES:
+            items += self.variables()
+        elif self.token.text in (".pragma", ".callprototype"):  # the latter of an indirect call
             self.skip_statement()
         else:
-            items.append(Label(name))
+            raise self.error(f"unknown directive {self.token.text!r}")
+        return self.token.start
+
+    def label(self, label: re.Match[str], function: Function, items: list[Item]) -> int:
+        """Returns where what it names begins."""
+        name, end = label[1], label.end()
+        if self.source.text.startswith(".branchtargets", end):
+            self.move(end)
+            targets = []
+            while not self.accept(";"):
+                self.next()
+                targets.append(self.word())
+            function.branch_targets[name] = tuple(targets)
+            return self.token.start
+        items.append(Label(name))
+        return end
 
     def registers(self) -> list[Registers]:
         self.next()
@@ -293,19 +313,16 @@ class _Parser(Cursor):
         self.expect(";")
         return found
 
-    def statement(self) -> Statement:
-        start = self.token.start
-        guard = None
-        if self.accept("@"):
-            negated = self.accept("!")
-            guard = Guard(self.word(), negated)
-        words = tuple(self.word().split("."))
-        operands: list[Operand] = []
-        while self.token.text != ";":
-            if operands and not self.accept(","):
-                raise self.error(f"expected ',' or ';', found {self.token.text!r}")
-            operands.append(self.operand())
-        end = self.next().start
-        text = " ".join(self.source.text[start:end].split())
-        line = self.source.line(start)
-        return Statement(words, tuple(operands), guard, line, self.location, text)
+    def statement(self, found: re.Match[str]) -> Statement:
+        negated, register, opcode, operands = found.groups()
+        start = found.start()
+        words = self.opcodes.get(opcode)
+        if words is None:
+            words = self.opcodes[opcode] = tuple(opcode.split("."))
+        try:
+            parsed = self.operands.operands(operands)
+        except PtxSyntaxError as problem:
+            raise self.source.error(start, str(problem)) from None
+        guard = Guard(register, negated == "!") if register else None
+        text = " ".join(self.source.text[start : found.end(4)].split())
+        return Statement(opcode, words, parsed, guard, self.source.line(start), self.location, text)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from ptx.lexer import COMMENT
 from ptx.parser import parse
 
-_HEADER = re.compile(r"^\s*\.(?:version|target|address_size)\b.*$", re.MULTILINE)
-_FILE = re.compile(r"^\s*\.file\s+(\d+)\s+.*$", re.MULTILINE)
-_LOC_FILE = re.compile(r"(?:\.loc|inlined_at)\s+(\d+)\b")
-_MARK = re.compile(r'//[^\n]*|/\*.*?\*/|"[^"]*"|[{};]', re.DOTALL)
-_NAME = re.compile(r"[A-Za-z_$%][\w$]*")
+_LINE = r"^\s*\.(?:version|target|address_size|file)\b[^\n]*$"
+_STRING = r'"[^"]*"'
+# The next mark outside of braces, and the next inside of them: a vector's braces are passed over.
+_OUTSIDE = re.compile(rf"{COMMENT}|{_STRING}|(?P<mark>{_LINE}|[{{}};])", re.DOTALL | re.MULTILINE)
+_INSIDE = re.compile(
+    rf"""[^{{}}/"]*(?:(?:{COMMENT}|{_STRING}|\{{[^{{}}/"]*\}})[^{{}}/"]*)*(?P<mark>[{{}}])""",
+    re.DOTALL,
+)
+_FILE = re.compile(r"\.file\s+(\d+)\s")
+_LOC_FILES = (re.compile(r"\.loc\s+(\d+)\b"), re.compile(r"inlined_at\s+(\d+)\b"))
 _FUNCTION = re.compile(r"\.(entry|func)\s*(?:\([^)]*\)\s*)?([\w$]+)")
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_COMMENT = re.compile(COMMENT, re.DOTALL)
 
 
 def split_kernels(ptx: str) -> dict[str, str]:
@@ -21,9 +27,10 @@ def split_kernels(ptx: str) -> dict[str, str]:
 
     Kernels that use the same .global variable stay in one text: one may write what another reads.
     """
-    header = "\n".join(line.strip() for line in _HEADER.findall(ptx))
-    files = {match.group(1): match.group().strip() for match in _FILE.finditer(ptx)}
-    items = [item for item in _items(ptx) if ".section" not in item.partition("{")[0]]
+    found, lines = _items(ptx)
+    items = [item for item in found if ".section" not in item.partition("{")[0]]
+    files = {match[1]: line for line in lines if (match := _FILE.match(line))}
+    header = "\n".join(line for line in lines if not _FILE.match(line))
     defined: dict[str, list[int]] = {}  # name → the items that declare or define it
     entries: dict[str, int] = {}
     mutable: set[str] = set()
@@ -38,8 +45,7 @@ def split_kernels(ptx: str) -> dict[str, str]:
             defined.setdefault(name, []).append(number)
             if variable.space == "global":
                 mutable.add(name)
-    # nvcc names the next kernel in a comment before the first declaration: not a use
-    uses = [set(_NAME.findall(_COMMENT.sub("", item))) & defined.keys() for item in items]
+    uses = _uses(items, defined)
     closures = {name: _closure(number, uses, defined) for name, number in entries.items()}
     shared = {number for name in mutable for number in defined[name]}
     _merge(closures, shared, set(entries.values()))
@@ -49,23 +55,46 @@ def split_kernels(ptx: str) -> dict[str, str]:
     }
 
 
-def _items(ptx: str) -> Iterator[str]:
-    """The declarations and definitions of the module's scope, without header and .file lines."""
-    text = _FILE.sub("", _HEADER.sub("", ptx))
-    depth = start = 0
-    for match in _MARK.finditer(text):
-        mark = match.group()
+def _items(ptx: str) -> tuple[list[str], list[str]]:
+    """The module's declarations and definitions, and the lines of its header and of its files."""
+    items: list[str] = []
+    lines: list[str] = []
+    parts: list[str] = []  # of the item, between such lines
+    start = at = depth = brace = 0
+    while match := (_INSIDE if depth else _OUTSIDE).search(ptx, at):
+        mark, begin, at = match["mark"], match.start("mark"), match.end()
         if mark == "{":
+            brace = brace if depth else begin
             depth += 1
         elif mark == "}":
             depth -= 1
-        if depth or mark not in ("}", ";"):
+        if depth or mark in (None, "{"):
             continue
-        head = _COMMENT.sub("", text[start : match.end()])
-        if mark == "}" and "=" in head.partition("{")[0]:  # an initial value; its ; follows
-            continue
-        yield text[start : match.end()].strip()
-        start = match.end()
+        if mark == "}" and "=" in _COMMENT.sub("", ptx[start:brace]):
+            continue  # an initial value; its ; follows
+        if mark in ("}", ";"):
+            items.append("".join([*parts, ptx[start:at]]).strip())
+            parts = []
+        else:
+            parts.append(ptx[start:begin])
+            lines.append(mark.strip())
+        start = at
+    return items, lines
+
+
+def _uses(items: list[str], defined: dict[str, list[int]]) -> list[set[str]]:
+    """The module's names that each item has, its own among them."""
+    # nvcc names the next kernel in a comment before the first declaration: not a use
+    texts = [_COMMENT.sub("", item) for item in items]
+    # A name may be part of another one, as of a parameter's.
+    whole = {
+        name: re.compile(rf"{re.escape(name)}(?<![\w$%]{re.escape(name)})(?![\w$])")
+        for name in defined
+    }
+    return [
+        {name for name, pattern in whole.items() if name in text and pattern.search(text)}
+        for text in texts
+    ]
 
 
 def _closure(number: int, uses: list[set[str]], defined: dict[str, list[int]]) -> set[int]:
@@ -93,6 +122,6 @@ def _merge(closures: dict[str, set[int]], shared: set[int], entries: set[int]) -
 
 def _text(numbers: list[int], items: list[str], files: dict[str, str]) -> Iterator[str]:
     chosen = [items[number] for number in numbers]
-    used = {index for item in chosen for index in _LOC_FILE.findall(item)}
+    used = {index for item in chosen for loc in _LOC_FILES for index in loc.findall(item)}
     yield "\n".join(line for index, line in files.items() if index in used)
     yield from chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 # Bytes of one element of each PTX type.  Predicates live in registers only.
 TYPE_BYTES = {
@@ -124,20 +125,16 @@ class Guard:
     negated: bool
 
 
-@dataclass(frozen=True)
-class Statement:
-    """One instruction: its opcode's words (add.rn.f32: three), its operands and where it stands."""
+class Statement(NamedTuple):
+    """One instruction: its opcode and the words of that, its operands and where it stands."""
 
-    words: tuple[str, ...]
+    opcode: str  # "add.rn.f32"
+    words: tuple[str, ...]  # three
     operands: tuple[Operand, ...]
     guard: Guard | None
     line: int  # of the PTX text, from 1
     location: str  # "kernel.cuh:12<caller.cuh:70", "" where the text names none
     text: str  # as written, in one line
-
-    @property
-    def opcode(self) -> str:
-        return ".".join(self.words)
 
 
 @dataclass(frozen=True)

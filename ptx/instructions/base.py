@@ -38,7 +38,8 @@ class Instruction:
         self.names = function.names
         self.words = list(statement.words[1:])  # not taken yet
         self.skipped_spaces: list[str] = []  # what a predicated-off lane passes, see device.h
-        self._unread = set(range(len(statement.operands)))
+        self._operands = statement.operands
+        self._unread = set(range(len(self._operands)))
         self._site = ""
 
     # ---- the opcode's words ----------------------------------------------------------------------
@@ -82,13 +83,13 @@ class Instruction:
 
     @property
     def count(self) -> int:
-        return len(self.statement.operands)
+        return len(self._operands)
 
     def operand(self, index: int) -> Operand:
-        if index >= self.count:
+        if index >= len(self._operands):
             raise Unsupported("an operand is missing")
         self._unread.discard(index)
-        return self.statement.operands[index]
+        return self._operands[index]
 
     def is_read(self, index: int) -> bool:
         return index not in self._unread

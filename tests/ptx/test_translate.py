@@ -104,6 +104,32 @@ def test_a_syntax_error_names_the_line() -> None:
         parse(HEADER + ".entry k() {\n add %r1 %r2;\n }")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "add %r1,, %r2;",
+        "add %r1, %r2,;",
+        "add %r1, %r2",
+        "add %r1, #2;",
+        "add {%r1, %r2;",
+        "ld %r1, [%r2;",
+        "ld %r1, [%r2 %r3];",
+        "@add;",
+        ".bar %r1;",
+        ".loc 1 2;",
+        "/* add %r1, %r2;",
+    ],
+)
+def test_what_is_malformed_is_refused(line: str) -> None:
+    with pytest.raises(PtxSyntaxError, match="PTX line 5: "):
+        parse(f"{HEADER}.entry k() {{\n {line}\n }}")
+
+
+def test_comments_stand_anywhere() -> None:
+    (statement,) = statements("add.u32 /* a, b; */ %r1, // c;\n %r2, [%r3 /* d */ + 4]; // e\n")
+    assert statement.operands == (Name("%r1"), Name("%r2"), Address(Name("%r3"), 4))
+
+
 def test_sites_follow_the_inlining() -> None:
     cpp = translate(TWO_KERNELS).cpp
     assert '"b.cuh:50<b.cuh:40<a.cu:12|ld.const.u32|' in cpp
