@@ -147,7 +147,7 @@ def _check(got: list[torch.Tensor], problem: Problem) -> float:
 
 def _rows(arch: str, call: cases.Call, peer: str) -> list[list[str]]:
     problem = OPS[call.op](call)
-    with ptx.run(arch, on_report="record") as session:
+    with ptx.run(arch, on_report="record", machine_code=True) as session:
         with PEERS[peer](problem, session) as function:
             out = function(*problem.leaves)
             forward = len(session.launches)

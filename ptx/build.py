@@ -25,7 +25,7 @@ RUNTIME = HERE / "runtime"
 CUDART = HERE / "cudart"
 RUNTIME_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra"]
 # No contraction: a * b + c that the PTX keeps apart must round twice here too.
-KERNEL_FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w"]
+KERNEL_FLAGS = ["-std=c++20", "-Og", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w"]
 # Host code is compiled once for every architecture; this one accepts all that the executor runs.
 HOST_ARCH = "sm_90a"
 ERROR_CHARACTERS = 4000  # of a failed compiler's output

@@ -49,9 +49,11 @@ class Session:
         multiprocessors: int | None,
         bounds: str,
         on_report: str,
+        machine_code: bool,
         options: dict[str, int],
     ) -> None:
         self.arch = arch
+        self.machine_code = machine_code
         self.gpu: Gpu = gpu_of(arch)
         self.multiprocessors = multiprocessors or self.gpu.multiprocessors
         self.launches: list[Launch] = []
@@ -186,6 +188,7 @@ def run(
     mma_rounding: Literal["double", "sequential", "truncating"] = "double",
     async_early: bool = False,
     sample: int = 0,
+    machine_code: bool = False,
 ) -> Iterator[Session]:
     """Inside, GPU kernels run on the executor, from their PTX for `arch`.
 
@@ -203,6 +206,8 @@ def run(
             another, or in fp32 with every sum truncated.
         async_early: asynchronous copies land when they are issued, not when they must have.
         sample: run only this many blocks of each launch, evenly chosen; 0: all.
+        machine_code: Triton has ptxas make machine code as well, which is not run: a launch's
+            `code` says what it is made of, and model.estimate needs that.
 
     Raises:
         KernelError: a launch had reports, at the call that launched it or, at the latest, at exit.
@@ -221,7 +226,7 @@ def run(
     }
     _choice("bounds", bounds, BOUNDS)
     _choice("on_report", on_report, ON_REPORT)
-    session = Session(arch, multiprocessors, bounds, on_report, options)
+    session = Session(arch, multiprocessors, bounds, on_report, machine_code, options)
     if not _one_session.acquire(blocking=False):
         running = _current.arch if _current else "another thread's"
         raise RuntimeError(f"ptx.run: sessions do not nest, and one is running ({running})")

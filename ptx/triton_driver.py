@@ -1,12 +1,14 @@
 """Triton's driver interface: inside `ptx.run`, `kernel[grid](tensors…)` runs here on CPU tensors.
 
-Triton compiles as for a GPU, its own ptxas included, and leaves the PTX in its cache.  The launcher
-that Triton asks this driver for packs the arguments (triton_arguments.py) and runs that PTX.
+Triton compiles as for a GPU and leaves the PTX in its cache; its last stage, ptxas, runs for sessions
+with `machine_code` only.  The launcher that Triton asks this driver for packs the arguments
+(triton_arguments.py) and runs that PTX.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.cache import get_cache_manager
 
 from ptx import build, machine_code, model, triton_arguments
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from ptx.session import Session
 
 MAX_THREADS = 1024  # of a block
+MACHINE_CODE = 1000  # added to a device's number where ptxas runs
 SCRATCH_ALIGN = 512  # bytes, at least
 # What replicated lanes look like: see _judge.
 REPLICA_RACES = {"race-RAW", "race-WAR"}
@@ -40,12 +45,30 @@ class TritonLaunch(Launch):
     """A launch with the files that Triton made of its kernel."""
 
     ptx: Path = Path()
-    cubin: Path = Path()
+    cubin: Path | None = None  # of a session with machine_code
     harmless: list[Report] = field(default_factory=list)  # races that no result depends on
 
     @property
     def code(self) -> machine_code.MachineCode:
+        if self.cubin is None:
+            raise RuntimeError("machine code is there with ptx.run(..., machine_code=True) only")
         return machine_code.read(self.cubin, self.ptx)
+
+
+class PtxCompiler(CUDABackend):  # type: ignore[misc]  # triton is untyped
+    """Triton's compiler for NVIDIA GPUs up to the PTX."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        super().__init__(target)
+        self.binary_ext = "ptx"  # what Triton takes for the kernel
+
+    def add_stages(self, stages: dict[str, Any], *arguments: Any) -> None:
+        super().add_stages(stages, *arguments)
+        del stages["cubin"]
+
+    def hash(self) -> str:
+        """Part of the names in Triton's cache: these kernels are never taken for complete ones."""
+        return f"{super().hash()}-ptx"
 
 
 class Driver(DriverBase):  # type: ignore[misc]  # triton is untyped
@@ -69,7 +92,7 @@ class Driver(DriverBase):  # type: ignore[misc]  # triton is untyped
 
     def get_current_device(self) -> int:
         # Triton keeps compiled kernels by device, whatever their target: a device for each.
-        return self.session.gpu.arch
+        return self.session.gpu.arch + (MACHINE_CODE if self.session.machine_code else 0)
 
     def set_current_device(self, device: int) -> None:
         pass
@@ -151,9 +174,9 @@ class Launcher:
         self._names = [str(key) for key in source.signature]
         cache = get_cache_manager(metadata.hash)
         ptx, cubin = cache.get_file(f"{name}.ptx"), cache.get_file(f"{name}.cubin")
-        if ptx is None or cubin is None:
-            raise FileNotFoundError(f"{name}: Triton's cache holds no PTX and cubin of it")
-        self._ptx, self._cubin = Path(ptx), Path(cubin)
+        if ptx is None:
+            raise FileNotFoundError(f"{name}: Triton's cache holds no PTX of it")
+        self._ptx, self._cubin = Path(ptx), Path(cubin) if cubin else None
 
     def __call__(
         self,
@@ -263,10 +286,13 @@ def _judge(session: Session, launch: TritonLaunch, run: Callable[[], Launch]) ->
 @contextlib.contextmanager
 def installed(session: Session) -> Iterator[Driver]:
     """Triton's launches go to `session` inside the `with` block."""
-    config = triton.runtime.driver
+    config, nvidia = triton.runtime.driver, backends["nvidia"]
     before, driver = config._active, Driver(session)
+    if not session.machine_code:
+        backends["nvidia"] = dataclasses.replace(nvidia, compiler=PtxCompiler)
     config.set_active(driver)
     try:
         yield driver
     finally:
         config._active = before
+        backends["nvidia"] = nvidia

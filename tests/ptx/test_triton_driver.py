@@ -171,7 +171,7 @@ def test_autotuned_kernels_take_the_first_configuration():
 
 def test_autotuned_kernels_by_the_model():
     x, out = torch.randn(1001), torch.empty(1001)
-    with ptx.run("sm_80") as session:
+    with ptx.run("sm_80", machine_code=True) as session:
         triton.runtime.driver.active.autotune = "model"
         kernels.tuned_copy[lambda meta: (triton.cdiv(1001, meta["BLOCK"]),)](x, out, 1001)
     assert torch.equal(out, x)
