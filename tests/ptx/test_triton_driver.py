@@ -161,6 +161,19 @@ def test_atomics():
     assert session.launches[0].counts["global_atomic_requests"] == 4
 
 
+def test_machine_code_is_made_where_it_is_asked_for():
+    """A kernel that was compiled without it is compiled again, in the same process too."""
+    for machine_code in (False, True, False):
+        with ptx.run("sm_80", machine_code=machine_code) as session:
+            kernels.add[(1,)](torch.ones(64), torch.ones(64), torch.empty(64), 64, BLOCK=64)
+        (launch,) = session.launches
+        if machine_code:
+            assert launch.code.registers > 0
+        else:
+            with pytest.raises(RuntimeError, match="machine_code=True"):
+                _ = launch.code
+
+
 def test_autotuned_kernels_take_the_first_configuration():
     x, out = torch.randn(1000), torch.empty(1000)
     with ptx.run("sm_80") as session:
