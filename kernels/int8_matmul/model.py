@@ -48,11 +48,12 @@ def quantize_model_(
 
     Raises:
         TypeError, ValueError: before anything is replaced; among them a weight shared with a module
-            that stays as it is, and a name in `skip` that nothing has.
+            that stays as it is, a module with hooks, and a name in `skip` that nothing has.
     """
     _check(model, mode, skip, batches, outlier_threshold)
     chosen = dict(_chosen(model, skip, embeddings))
     _check_ties(model, chosen)
+    _check_hooks(chosen)
     absmax: Mapping[str, Tensor] = {}
     if mode == "static" or outlier_threshold is not None:
         assert batches is not None
@@ -140,6 +141,20 @@ def _check_ties(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
                 raise ValueError(
                     f"{NAME}: {replaced[id(parameter)]}.weight is {owner}.{name}, too, which stays "
                     "as it is: skip both, or neither"
+                )
+
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _check_hooks(chosen: Mapping[str, nn.Module]) -> None:
+    """That nothing hangs on a module to be replaced: hooks may be made for its class alone."""
+    for name, module in chosen.items():
+        for hooks in HOOKS:
+            if getattr(module, hooks):
+                raise ValueError(
+                    f"{NAME}: {name} has {hooks.strip('_').replace('_', ' ')}, which its "
+                    "replacement would not run: remove them before, or name it in skip"
                 )
 
 

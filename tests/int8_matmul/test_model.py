@@ -175,6 +175,25 @@ def test_errors_name_the_argument(name):
         call()
 
 
+@pytest.mark.parametrize(
+    ("register", "kind"),
+    [
+        ("register_forward_hook", "forward hooks"),
+        ("register_forward_pre_hook", "forward pre hooks"),
+        ("register_full_backward_hook", "backward hooks"),
+        ("register_full_backward_pre_hook", "backward pre hooks"),
+    ],
+)
+def test_hooks_are_not_lost(register, kind):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    handle = getattr(model[1], register)(lambda *_: None)
+    with pytest.raises(ValueError, match=f"1 has {kind}"):
+        quantize_model_(model)
+    assert quantize_model_(model, skip=["1"]) == ["0"]
+    handle.remove()
+    assert quantize_model_(model) == ["1"]
+
+
 def test_nothing_is_replaced_where_anything_is_refused():
     model = Model(tied=False)
     model.unused = nn.Linear(2, 2)
