@@ -55,7 +55,7 @@ TILES = {
         (2, 128, 1, 128, 64, 8, 2, 0),  # two warp groups; 183 and 253 registers
         (2, 64, 0, 64, 32, 4, 2, 0),  # masks, tanh and Philox take registers
         (2, 128, 0, 64, 32, 8, 1, 0),
-        (2, 256, 0, 64, 32, 8, 2, 0),  # 64 keys spill
+        (2, 256, 0, 32, 32, 8, 2, 0),  # 64 queries spill from Triton 3.8 on
         (4, 64, 0, 16, 32, 4, 1, 0),  # 32 queries spill 48 bytes
         (4, 128, 0, 32, 32, 8, 1, 32),
         (4, 256, 0, 16, 32, 8, 1, 32),
