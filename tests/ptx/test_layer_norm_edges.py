@@ -68,8 +68,8 @@ def test_cuda_every_pair_of_the_parameters_dtypes(cols, dtype):
 
 @pytest.mark.parametrize(("cols", "dtype"), EACH_KERNEL, ids=str)
 def test_cuda_each_gradient_alone(cols, dtype):
-    for wanted in EACH_GRADIENT:
-        check("cuda", CUDA_ARCHS[dtype], 9, cols, dtype, torch.float32, wanted=wanted)
+    for wanted, parameters in itertools.product(EACH_GRADIENT, (FP32, BF16)):
+        check("cuda", CUDA_ARCHS[dtype], 9, cols, dtype, parameters, wanted=wanted)
 
 
 @pytest.mark.parametrize(("cols", "dtype"), EACH_KERNEL, ids=str)
