@@ -1,8 +1,8 @@
 """Triton's driver interface: inside `ptx.run`, `kernel[grid](tensors…)` runs here on CPU tensors.
 
-Triton compiles as for a GPU and leaves the PTX in its cache; its last stage, ptxas, runs for sessions
-with `machine_code` only.  The launcher that Triton asks this driver for packs the arguments
-(triton_arguments.py) and runs that PTX.
+Triton compiles as for a GPU and leaves the PTX in its cache; its last stage, ptxas, runs for
+sessions with `machine_code` only.  The launcher that Triton asks this driver for packs the
+arguments (triton_arguments.py) and runs that PTX.
 """
 
 from __future__ import annotations
