@@ -35,6 +35,17 @@ VARIANTS = {
     "gfx950": ((128, 128), torch.bfloat16, ()),
 }
 COMPILED = [(target, *variant) for target, variant in VARIANTS.items()]
+# (target, dtype of the cache): by default the cache that CACHES names, the rest in the sweep.
+CACHES = {
+    "sm_80": torch.bfloat16,
+    "sm_90": torch.int8,
+    "sm_120": torch.bfloat16,
+    "gfx942": torch.int8,
+}
+DECODED = [
+    pytest.param(target, cache, marks=[pytest.mark.sweep] * (CACHES.get(target) != cache))
+    for target, cache in itertools.product(_triton.TARGETS, (torch.bfloat16, torch.int8))
+]
 # All of the tables, and each feature alone.
 WIDTHS = [(dim, dim) for dim in (64, 128, 256)]
 EVERYTHING = [
@@ -63,9 +74,6 @@ def compiled(target, dims, dtype, features=(), length=300):
     return kernels
 
 
-@pytest.mark.skipif(
-    not _triton.INTERPRETER_LOOPS, reason="Triton before 3.7 needs NumPy before 2.4 here"
-)
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_values_and_gradients_in_the_interpreter(selection):
     run_in_interpreter(CASES, selection)
@@ -142,16 +150,7 @@ def decode_kernels(target, dtype, cache, dim=128, paged=True):
     return kernels
 
 
-@pytest.mark.parametrize(
-    ("target", "cache"),
-    [
-        pytest.param(target, cache, marks=() if n % 3 == n // 6 else pytest.mark.sweep)
-        for n, (cache, target) in enumerate(
-            itertools.product((torch.bfloat16, torch.int8), _triton.TARGETS)
-        )
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("target", "cache"), DECODED, ids=str)
 def test_decode_compiles_without_spills(target, cache):
     kernels = decode_kernels(target, torch.bfloat16, cache)
     assert [kernel.name for kernel in kernels] == ["_share_kernel", "_combine_kernel"]

@@ -57,9 +57,6 @@ def compiled(target: str, classes: int, dtype: torch.dtype, options: Options, ro
     return kernels
 
 
-@pytest.mark.skipif(
-    not _triton.INTERPRETER_LOOPS, reason="Triton before 3.7 needs NumPy before 2.4 here"
-)
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_values_and_gradients_in_the_interpreter(selection):
     run_in_interpreter(CASES, selection)

@@ -48,9 +48,6 @@ def product(target, m, n, k, dtype=torch.int8, activation="gelu", by_columns=Fal
     return kernels[0]
 
 
-@pytest.mark.skipif(
-    not _triton.INTERPRETER_LOOPS, reason="Triton before 3.7 needs NumPy before 2.4 here"
-)
 def test_values_in_the_interpreter():
     run_in_interpreter(CASES)
 

@@ -61,9 +61,6 @@ def compiled(target, cols, dtype, parameters=None, rows=None, masks=(ALL,)):
     return kernels
 
 
-@pytest.mark.skipif(
-    not _triton.INTERPRETER_LOOPS, reason="Triton before 3.7 needs NumPy before 2.4 here"
-)
 def test_values_and_gradients_in_the_interpreter():
     run_in_interpreter(CASES)
 

@@ -22,7 +22,7 @@ from tests.ptx import driver_kernels as kernels  # noqa: E402
 def compiled_layer_norm(arch, x, weight, bias, dy):
     """The launches of forward and backward, and y and all gradients."""
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    with ptx.run(arch, machine_code=True) as session, inductor.installed(session):
+    with ptx.run(arch) as session, inductor.installed(session):
         y = torch.compile(lambda *t: F.layer_norm(t[0], weight.shape, *t[1:]), dynamic=False)(
             *leaves
         )
@@ -52,7 +52,7 @@ def test_what_was_replaced_in_inductor_is_put_back():
     from torch._inductor.runtime import hints, triton_heuristics
 
     before = vars(hints.DeviceProperties)["create"], triton_heuristics.CachingAutotuner.bench
-    with ptx.run("sm_80", machine_code=True) as session, inductor.installed(session):
+    with ptx.run("sm_80") as session, inductor.installed(session):
         assert vars(hints.DeviceProperties)["create"] is not before[0]
     assert vars(hints.DeviceProperties)["create"] is before[0]
     assert triton_heuristics.CachingAutotuner.bench is before[1]
