@@ -131,7 +131,7 @@ def test_cuda_refuses_without_its_module_or_without_a_gpu(monkeypatch):
 
 def test_cpu_refuses_without_its_module(monkeypatch):
     monkeypatch.setattr(_native, "cpu", "kernels._cpu is not built")
-    monkeypatch.setattr(op, "_takes", op._takes_nothing)  # what an import without the module gives
+    monkeypatch.setattr(op, "_rows", op._no_rows)  # what an import without the module gives
     decision = dispatch.explain("layer_norm", X, (4,))
     assert decision.backend == "eager"
     assert decision.refusals["cpu"] == "kernels._cpu is not built"

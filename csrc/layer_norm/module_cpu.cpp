@@ -42,30 +42,30 @@ void layer_norm_backward(Memory dy, Tensor x, int64_t rows, int64_t cols, Tensor
                                                    .dbias = {dbias.data, dbias.dtype}});
 }
 
-// Whether a call is one of the common ones that pass every check of kernels/layer_norm/op.py and
-// that these kernels take.  Asked attribute by attribute in Python that costs a small call as much
-// as its arithmetic; here a quarter.  Anything unusual is false, and is checked there.
-bool layer_norm_takes(PyObject* input, PyObject* normalized_shape, PyObject* weight, PyObject* bias,
-                      PyObject* eps) {
+// The rows of a call that is one of the common ones: it passes every check of
+// kernels/layer_norm/op.py, these kernels take it, and nothing has to be made contiguous first.
+// Asked attribute by attribute in Python that costs a small call as much as its arithmetic; here a
+// quarter.  Anything unusual is 0, and is checked there.
+int64_t layer_norm_rows(PyObject* input, PyObject* normalized_shape, PyObject* weight,
+                        PyObject* bias, PyObject* eps) {
   const Torch& torch = Torch::get();
-  if (!PyFloat_CheckExact(eps) || !is_shape(normalized_shape) || !torch.is_plain(input) ||
-      !torch.ends_in(input, normalized_shape, PY_SSIZE_T_MAX)) {
-    return false;
-  }
+  if (!PyFloat_CheckExact(eps) || !is_shape(normalized_shape) || !torch.is_plain(input)) return 0;
+  const int64_t rows = torch.count_of(input, normalized_shape);
+  if (rows < 1) return 0;
   for (PyObject* parameter : {weight, bias}) {
     if (parameter != Py_None &&
-        !(torch.is_plain(parameter) && torch.ends_in(parameter, normalized_shape, 0))) {
-      return false;
+        !(torch.is_plain(parameter) && torch.has_shape(parameter, normalized_shape))) {
+      return 0;
     }
   }
-  return true;
+  return rows;
 }
 
 }  // namespace
 
 PyMethodDef entry_points[] = {ENTRY_POINT(layer_norm_forward),
                               ENTRY_POINT(layer_norm_backward),
-                              ENTRY_POINT(layer_norm_takes),
+                              ENTRY_POINT(layer_norm_rows),
                               {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace kernels::layer_norm

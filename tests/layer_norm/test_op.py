@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import pickle
 import types
 from typing import ClassVar
@@ -127,18 +128,22 @@ def test_float64_stays_float64():
 
 
 def test_calls_taken_without_questions_are_those_that_pass_every_check():
-    """The C++ answer to `_check` and `unsupported`: never true where one of them refuses."""
+    """The C++ answer to `_check` and `unsupported`: never a number where one of them refuses."""
     x = torch.randn(3, 6)
     nothing = types.SimpleNamespace(shape=(6,), dtype=torch.float32, is_cpu=True)
     inputs = [x, x.double(), x.bfloat16(), x.long(), x.to("meta"), x[0], torch.randn(()), None]
+    inputs += [torch.randn(6, 3).T, x[:0]]
     shapes = [(6,), (3, 6), [6], (5,), (), (6, 3), (True,), (2**70,), torch.Size([6]), "6", None]
     parameters = [None, torch.ones(6), torch.nn.Parameter(torch.ones(6).half()), torch.ones(3, 6)]
     parameters += [torch.ones(5), torch.ones(6).double(), torch.ones(6, device="meta"), nothing]
+    parameters += [torch.ones(12)[::2]]
     taken = 0
     for call in itertools.product(inputs, shapes, parameters, parameters, [1e-5, 1, None]):
-        if not op._takes(*call):
+        rows = op._rows(*call)
+        if not rows:
             continue
         taken += 1
+        assert rows == call[0].numel() // math.prod(call[1])
         shape, eps = op._check(*call)
         assert (shape, eps) == (call[1], call[4])
         assert cpu.unsupported(*call) is None
@@ -146,7 +151,7 @@ def test_calls_taken_without_questions_are_those_that_pass_every_check():
     usual = 2 * (3 * 3 + 2 * 2) + 3 * 3
     assert taken == usual
     with pytest.raises(TypeError, match="number of arguments"):
-        op._takes(x)
+        op._rows(x)
 
 
 def test_native_entry_points_refuse_what_they_cannot_read():
@@ -245,6 +250,19 @@ def test_saved_tensors_are_seen_by_hooks_and_checkpoint():
         y.sum().backward()
         torch.testing.assert_close(x.grad, want[0])
         x.grad = None
+
+
+def test_saved_tensors_hooks_may_give_back_other_strides():
+    x, weight, bias = (torch.randn(*size, requires_grad=True) for size in ((5, 6), (6,), (6,)))
+    want = torch.autograd.grad(F.layer_norm(x, (6,), weight, bias).sin().sum(), (x, weight, bias))
+
+    def strided(t):
+        return torch.stack((t, t), -1)[..., 0]
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, strided):
+        y = layer_norm(x, (6,), weight, bias)
+    got = torch.autograd.grad(y.sin().sum(), (x, weight, bias))
+    torch.testing.assert_close(got, want)
 
 
 def test_changing_an_input_before_backward_is_an_error():

@@ -11,7 +11,8 @@
 
 namespace kernels {
 
-// What kernels take of a tensor that is dense and on the CPU; None is a null pointer.
+// What kernels take of a tensor that is dense and on the CPU, or of a bytearray, which costs a
+// tenth of a small tensor; None is a null pointer.
 struct Memory {
   void* data;
 };
@@ -84,23 +85,38 @@ class Torch {
     return view;
   }
 
-  // A torch.Tensor or Parameter, no subclass of them, on the CPU, of a dtype that kernels have.
+  // A contiguous torch.Tensor or Parameter, no subclass of them, on the CPU, of a dtype that
+  // kernels have.
   bool is_plain(PyObject* x) const {
     auto* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
     return (type == tensor_ || type == parameter_) && attribute(x, is_cpu_).get() == Py_True &&
-           dtype_code(x) >= 0;
+           dtype_code(x) >= 0 &&
+           Owned(PyObject_CallMethodNoArgs(x, is_contiguous_)).get() == Py_True;
   }
 
-  // Whether the shape of `x` is that of `tail`, a tuple of ints, after at most `lead` other dims.
-  bool ends_in(PyObject* x, PyObject* tail, Py_ssize_t lead) const {
+  // How many tensors of shape `tail`, a tuple of ints, `x` holds one after the other; 0 where the
+  // shape of `x` does not end in `tail`.
+  int64_t count_of(PyObject* x, PyObject* tail) const {
     const Owned shape = attribute(x, shape_);
     const Py_ssize_t n = PyTuple_GET_SIZE(tail), before = PyTuple_GET_SIZE(shape.get()) - n;
-    if (before < 0 || before > lead) return false;
-    for (Py_ssize_t i = 0; i < n; i++) {
-      PyObject *size = PyTuple_GET_ITEM(shape.get(), before + i), *want = PyTuple_GET_ITEM(tail, i);
-      if (PyObject_RichCompareBool(size, want, Py_EQ) != 1) return false;
+    if (before < 0) return 0;
+    int64_t count = 1;
+    for (Py_ssize_t i = 0; i < before + n; i++) {
+      PyObject* size = PyTuple_GET_ITEM(shape.get(), i);
+      if (i >= before) {
+        PyObject* want = PyTuple_GET_ITEM(tail, i - before);
+        if (PyObject_RichCompareBool(size, want, Py_EQ) != 1) return 0;
+        if (PyObject_IsTrue(size) != 1) return 0;
+      } else {
+        count *= PyLong_AsLongLong(size);
+      }
     }
-    return true;
+    return count;
+  }
+
+  bool has_shape(PyObject* x, PyObject* shape) const {
+    const Owned own = attribute(x, shape_);
+    return PyObject_RichCompareBool(own.get(), shape, Py_EQ) == 1;
   }
 
  private:
@@ -122,7 +138,8 @@ class Torch {
 
   PyObject *tensor_, *parameter_, *dtypes_[kDtypes];  // these and the names are never freed
   PyObject *dtype_ = name("dtype"), *shape_ = name("shape"), *is_cpu_ = name("is_cpu"),
-           *data_ptr_ = name("data_ptr"), *stride_ = name("stride");
+           *is_contiguous_ = name("is_contiguous"), *data_ptr_ = name("data_ptr"),
+           *stride_ = name("stride");
 };
 
 inline bool is_shape(PyObject* shape) {  // a tuple of one int or more
@@ -155,7 +172,11 @@ class Argument {
   operator double() const { return checked(PyFloat_AsDouble(object_)); }
   operator float() const { return float(double(*this)); }
   operator View() const { return object_ == Py_None ? View{} : Torch::get().view(object_); }
-  operator Memory() const { return {object_ == Py_None ? nullptr : Torch::get().address(object_)}; }
+  operator Memory() const {
+    if (object_ == Py_None) return {nullptr};
+    if (PyByteArray_CheckExact(object_)) return {PyByteArray_AS_STRING(object_)};
+    return {Torch::get().address(object_)};
+  }
   operator Tensor() const {
     if (object_ == Py_None) return {{nullptr}, DType::kFloat32};
     const int code = Torch::get().dtype_code(object_);
@@ -179,8 +200,8 @@ PyObject* call(void (*function)(T...), PyObject* const* arguments, std::index_se
   Py_RETURN_NONE;
 }
 template <size_t... I, class... T>
-PyObject* call(bool (*function)(T...), PyObject* const* arguments, std::index_sequence<I...>) {
-  return PyBool_FromLong(function(Argument(arguments[I])...));
+PyObject* call(int64_t (*function)(T...), PyObject* const* arguments, std::index_sequence<I...>) {
+  return PyLong_FromLongLong(function(Argument(arguments[I])...));
 }
 
 // `function` by Python's own calling convention: pybind11's takes a microsecond for ten arguments.
