@@ -209,7 +209,7 @@ def host_library(source: Path, name: str, *others: Path) -> Path:
     """
     compiled = ["-c", "-cudart", "none", "-Xcompiler"]
     number = HOST_ARCH.removeprefix("sm_")
-    target = ["-G", "-gencode", f"arch=compute_{number},code=compute_{number}"]
+    target = ["-Xcicc", "-O0", "-gencode", f"arch=compute_{number},code=compute_{number}"]
     flags = [flag for flag in cuda_flags() if not re.match(r"-O|-lineinfo", flag)]
     host = _nvcc(source, "host.o", [*flags, *target, *compiled, "-fPIC"])
     # Hidden, so that it is taken even where the process has the real library loaded.

@@ -1,4 +1,6 @@
-"""The Triton attention without a GPU: its values in the interpreter, its machine code by reading.
+"""The Triton attention without a GPU: its machine code by reading.
+
+Its values: tests/test_triton_interpreter.py and, compiled, tests/ptx.
 
 Nothing here runs on a GPU.  Compiled kernels are checked for what the toolchain tells: that they
 compile for every target, that no register spills, and that Hopper's matrix instructions are used.
@@ -8,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,8 @@ _triton = pytest.importorskip(
 from kernels.attention import triton as backend  # noqa: E402
 from kernels.attention.decode import triton as decode  # noqa: E402
 from kernels.attention.pattern import Pattern, Scaling  # noqa: E402
-from tests.triton_code import SELECTIONS, run_in_interpreter, spilled  # noqa: E402
+from tests.triton_code import spilled  # noqa: E402
 
-CASES = Path(__file__).with_name("triton_interpreter_cases.py")
 FEATURES = ("mask", "alibi", "softcap", "dropout", "globals")
 
 # (target, dims, dtype, features): widths of the tables in whole vectors, and what needs more
@@ -72,11 +72,6 @@ def compiled(target, dims, dtype, features=(), length=300):
         out, lse = backend.forward(*call)
         backend.backward(out, None, *call, out, lse, (True, True, True, False, False))
     return kernels
-
-
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_values_and_gradients_in_the_interpreter(selection):
-    run_in_interpreter(CASES, selection)
 
 
 @pytest.mark.parametrize(("target", "dims", "dtype", "features"), COMPILED, ids=str)

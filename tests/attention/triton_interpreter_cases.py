@@ -1,8 +1,9 @@
 """Values and gradients of the Triton attention in Triton's interpreter, for TRITON_INTERPRET=1.
 
-The interpreter must be on before the kernels are decorated, so test_triton.py runs this file in a
-process of its own.  Blocks are of 32 queries and 32 keys, but for dk and dv of 16 keys where a head
-has more than 16 columns; there products come in slices of 16 columns, too.
+The interpreter must be on before the kernels are decorated, so this file runs in another process
+(tests/test_triton_interpreter.py).
+Blocks are of 32 queries and 32 keys, but for dk and dv of 16 keys where a head has more than 16
+columns; there products come in slices of 16 columns, too.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ SWEPT = {
     "a block", "upper left, more keys", "lower right, more keys", "window of blocks",
     "window short of two blocks and one", "global prefix", "scattered, causal",
     "both kinds of global", "globals without a window", "wide softcap", "dropout", "packed",
+    "causal", "window", "alibi, sinks", "bool mask", "dropout, globals",
 }  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""The Triton cross-entropy without a GPU: its values, and its machine code by reading.
+"""The Triton cross-entropy without a GPU: its machine code by reading.
+
+Its values: tests/test_triton_interpreter.py and, compiled, tests/ptx.
 
 Nothing here runs on a GPU.  Compiled kernels are checked for what the toolchain tells: that they
 compile for every target, that no register spills, and that rows are moved by 128-bit instructions
@@ -6,8 +8,6 @@ wherever they start.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +20,7 @@ from kernels.cross_entropy import triton_linear  # noqa: E402
 from kernels.cross_entropy import triton_plan as plan  # noqa: E402
 from tests.cross_entropy import linear_cases  # noqa: E402
 from tests.ptx.cross_entropy_cases import EVERYTHING, PLAIN, SOFT, Options  # noqa: E402
-from tests.triton_code import SELECTIONS, moves, run_in_interpreter, spilled  # noqa: E402
-
-CASES = Path(__file__).with_name("triton_interpreter_cases.py")
+from tests.triton_code import moves, spilled  # noqa: E402
 
 # (classes, dtype, options): whole sectors, spans of 4 and of 8 warps, powers of two; rows swept by
 # eight warps; every option at once, and probabilities, where registers ran out first.
@@ -55,11 +53,6 @@ def compiled(target: str, classes: int, dtype: torch.dtype, options: Options, ro
             torch.empty(rows), dlse, logits, *arguments, lse, (True, False), options.inplace
         )
     return kernels
-
-
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_values_and_gradients_in_the_interpreter(selection):
-    run_in_interpreter(CASES, selection)
 
 
 # By default every target compiles its turn of the variants.

@@ -1,4 +1,6 @@
-"""The Triton int8 matmul without a GPU: its values, and its machine code by reading.
+"""The Triton int8 matmul without a GPU: its machine code by reading.
+
+Its values: tests/test_triton_interpreter.py and, compiled, tests/ptx.
 
 Nothing here runs on a GPU.  Compiled kernels are checked for what the toolchain tells: that they
 compile for every target, that no register spills, which tensor instructions multiply and how wide
@@ -8,7 +10,6 @@ the matrices are read.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,8 @@ _triton = pytest.importorskip(
 from kernels.int8_matmul import triton as backend  # noqa: E402
 from kernels.int8_matmul import triton_plan as plan  # noqa: E402
 from kernels.int8_matmul.rows import triton as rows_backend  # noqa: E402
-from tests.triton_code import moves, run_in_interpreter, spilled  # noqa: E402
+from tests.triton_code import moves, spilled  # noqa: E402
 
-CASES = Path(__file__).with_name("triton_interpreter_cases.py")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 ARCHITECTURES = dict(zip(_triton.TARGETS, ("sm_80", "sm_90", "sm_100", "sm_86"), strict=False))
 FLOATS = {2: BF16, 4: FP32}  # by the bytes of an element
@@ -46,10 +46,6 @@ def product(target, m, n, k, dtype=torch.int8, activation="gelu", by_columns=Fal
         weight = weight.t() if by_columns else weight
         backend.forward(x, weight, x_scale, *vectors, activation, mode, BF16)
     return kernels[0]
-
-
-def test_values_in_the_interpreter():
-    run_in_interpreter(CASES)
 
 
 # (target, bytes of an element, row of its table): by default the largest tile of each size on one

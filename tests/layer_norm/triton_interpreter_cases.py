@@ -1,7 +1,7 @@
 """Values and gradients of the Triton layer norm in Triton's interpreter, for TRITON_INTERPRET=1.
 
-The interpreter must be on before the kernels are decorated, so test_triton.py runs this file in a
-process of its own.  Grids are those of a GPU with four multiprocessors.
+The interpreter must be on before the kernels are decorated, so this file runs in another process
+(tests/test_triton_interpreter.py).  Grids are those of a GPU with four multiprocessors.
 """
 
 from __future__ import annotations

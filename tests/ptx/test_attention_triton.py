@@ -54,7 +54,7 @@ PACKED = [  # float32: products in slices of 16 columns, of which the last is no
 MASKED = [Call(70, 80, mask=torch.bool, batch=2), Call(80, 80, mask=torch.bool, causal=True)]
 GROUPS = {
     "plain, bfloat16": ("sm_80", torch.bfloat16, PLAIN),
-    "plain, float16": ("sm_90a", torch.float16, PLAIN),
+    "plain, float16": ("sm_90a", torch.float16, PLAIN[1::3]),
     "globals, dropout, no vectors": ("sm_90a", torch.bfloat16, GLOBAL),
     "everything in the scores": ("sm_80", torch.float16, SCORED),
     "packed, float32": ("sm_90a", torch.float32, PACKED),

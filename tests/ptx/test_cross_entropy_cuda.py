@@ -35,8 +35,8 @@ from tests.tolerance import assert_as_exact_as_torch
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 SOURCE = build.CSRC / "cross_entropy" / "module_cuda.cu"
-# Each kernel on each architecture, at the price of one dtype each.
-PAIRS = list(zip(ARCHS, DTYPES, strict=True))
+# Each dtype on one architecture. The third, of which the code differs in registers, is swept.
+PAIRS = list(zip(("sm_80", "sm_90a", "sm_80"), DTYPES, strict=True))
 EVERY_PAIR = [
     pytest.param(arch, dtype, marks=[] if (arch, dtype) in PAIRS else pytest.mark.sweep)
     for arch, dtype in itertools.product(ARCHS, DTYPES)
@@ -240,7 +240,7 @@ def test_the_first_of_equal_classes_is_the_best():
 
 def test_far_from_zero():
     """A mean of 1000 costs no digits of the probabilities, and sure rows none of their losses."""
-    for turn, (arch, classes) in enumerate(itertools.product(ARCHS, (50, 1300))):
+    for turn, (arch, classes) in enumerate(itertools.product(ARCHS[:2], (50, 1300))):
         logits = torch.randn(4, classes) + 1000
         sure = make_logits(4, classes, torch.float32) - 900
         target = torch.arange(4)

@@ -11,7 +11,8 @@ from ptx import build
 from ptx.translate import split_kernels, translate
 from tests.ptx.conftest import ARCHS
 
-FOR_THE_SWEEP = {("attention", "sm_100a")}  # its code is that of sm_90a, half a minute of nvcc
+# Which run from no PTX of sm_100a by default either: half a minute of nvcc for other registers.
+FOR_THE_SWEEP = {(op, "sm_100a") for op in ("attention", "cross_entropy", "int8_matmul")}
 # The groups: a guard, the opcode, the operands.
 STATEMENT = re.compile(r"^[ \t]*(@!?%p\d+[ \t]+)?([a-z][\w.:]*)([^;]*);", re.MULTILINE)
 WITHOUT_DIGITS = str.maketrans("", "", "0123456789")
