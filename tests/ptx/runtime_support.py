@@ -93,7 +93,7 @@ class Kernels:
             ctypes.memmove(address, each.contents, len(each.contents))
         block = (threads, 1, 1) if isinstance(threads, int) else threads
         try:
-            executor.options(**options)
+            executor.options(**DEFAULTS | options)  # an earlier session may have left others
             parameters = struct.pack(f"{len(addresses)}Q", *addresses)
             launch = executor.launch(self.numbers[name], grid, block, dynamic, parameters)
             outcome = Outcome(launch, list(buffers))

@@ -9,10 +9,8 @@ import pytest
 
 from ptx import build
 from ptx.translate import split_kernels, translate
-from tests.ptx.conftest import ARCHS
+from tests.ptx.conftest import ARCHS, DEFAULT_ARCHS
 
-# Which run from no PTX of sm_100a by default either: half a minute of nvcc for other registers.
-FOR_THE_SWEEP = {(op, "sm_100a") for op in ("attention", "cross_entropy", "int8_matmul")}
 # The groups: a guard, the opcode, the operands.
 STATEMENT = re.compile(r"^[ \t]*(@!?%p\d+[ \t]+)?([a-z][\w.:]*)([^;]*);", re.MULTILINE)
 WITHOUT_DIGITS = str.maketrans("", "", "0123456789")
@@ -58,7 +56,7 @@ def unsupported(ptx: str) -> list[str]:
 @pytest.mark.parametrize(
     ("op", "arch"),
     [
-        pytest.param(op, arch, marks=[pytest.mark.sweep] * ((op, arch) in FOR_THE_SWEEP))
+        pytest.param(op, arch, marks=[pytest.mark.sweep] * (arch not in DEFAULT_ARCHS[op]))
         for op in build.op_sources()
         for arch in ARCHS
     ],
