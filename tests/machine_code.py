@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +16,19 @@ import pytest
 
 from ptx import build
 from ptx.cache import cached, digest
+from ptx.executor import readable
 
 # Machine code -> the PTX it is made of, as in the package but for 86 and 89, whose code differs
 # from that of 80 in what ptxas makes of it alone.
 TARGETS = {"80": "80", "86": "80", "89": "80", "90a": "90a", "100a": "100a", "120a": "120a"}
 REGISTERS = 65536  # of a multiprocessor, on every target
+DTYPES = ("__nv_bfloat16", "__half", "float")
+# Of attention's and layer norm's kernels one dtype by default: ptxas takes 12 seconds for all.
+in_dtypes = pytest.mark.parametrize(
+    "dtypes",
+    [DTYPES[:1], pytest.param(DTYPES, marks=pytest.mark.sweep)],
+    ids=["bfloat16", "every dtype"],
+)
 
 
 def targets(default: tuple[str, ...]) -> list[object]:
@@ -35,30 +44,35 @@ class Usage(NamedTuple):
     local: int  # bytes of stack and spills
 
 
-def usages(op: str, target: str) -> list[Usage]:
-    """Of every kernel of `op`; fails where one does not compile."""
-    return _parsed(machine_code(op, target)[1])
+def usages(op: str, target: str, dtypes: Sequence[str] = DTYPES) -> list[Usage]:
+    """Of every kernel of `op` for elements of `dtypes`; fails where one does not compile."""
+    return _parsed(machine_code(op, target, dtypes)[1])
 
 
-def machine_code(op: str, target: str) -> tuple[Path, str]:
-    """The machine code of every kernel of `op`, and what ptxas says of it."""
-    return assemble(build.nvcc_ptx(build.op_sources()[op], f"sm_{TARGETS[target]}"), target)
+def machine_code(op: str, target: str, dtypes: Sequence[str] = DTYPES) -> tuple[Path, str]:
+    """The machine code of every kernel of `op` for these dtypes, and what ptxas says of it."""
+    source, arch = build.op_sources()[op], f"sm_{TARGETS[target]}"
+    others = re.compile(f"<({'|'.join(set(DTYPES) - set(dtypes)) or '$'})[,>]")
+    names = [name for name in build.kernel_names(source, arch) if not others.search(readable(name))]
+    return assemble(build.nvcc_ptx(source, arch), target, names)
 
 
-def assemble(ptx: str, target: str) -> tuple[Path, str]:
-    """The machine code, and what ptxas says of it; kept in the executor's cache."""
+def assemble(ptx: str, target: str, kernels: Sequence[str] = ()) -> tuple[Path, str]:
+    """The machine code of these kernels (none: of all), and what ptxas says of it; kept in the
+    executor's cache."""
+    entries = ["--entry", ",".join(kernels)] if kernels else []
     ptxas = Path(build.nvcc()).resolve().with_name("ptxas")
 
     def make(folder: Path) -> None:
         text, cubin = folder / "kernels.ptx", folder / "kernels.cubin"
         text.write_text(ptx)
-        command = [ptxas, "-v", f"-arch=sm_{target}", text, "-o", cubin]
+        command = [ptxas, "-v", f"-arch=sm_{target}", *entries, text, "-o", cubin]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         (folder / "said").write_text(result.stderr)
 
     version = subprocess.run([ptxas, "--version"], capture_output=True, check=True).stdout
-    folder = cached(f"cubin-{digest(ptx, target, version)}", make)
+    folder = cached(f"cubin-{digest(ptx, target, *entries, version)}", make)
     return folder / "kernels.cubin", (folder / "said").read_text()
 
 

@@ -6,13 +6,14 @@ every target is asserted in the sources.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import pytest
 
 from bench import sass
 from ptx import build
 from ptx.machine_code import cuobjdump
-from tests.machine_code import assemble, targets, usages
+from tests.machine_code import assemble, in_dtypes, targets, usages
 
 SOURCE = build.op_sources()["attention"]
 CLASSES = {64, 128, 256}  # head dimensions
@@ -25,12 +26,14 @@ HOPPER_KEYS = 128  # of a tile
 REGISTERS_PER_THREAD = 255
 
 
+@in_dtypes
 @pytest.mark.parametrize("target", targets(default=("90a",)))
-def test_machine_code(target: str) -> None:
-    compiled = usages("attention", target)
+def test_machine_code(target: str, dtypes: Sequence[str]) -> None:
+    compiled = usages("attention", target, dtypes)
     assert {u.kernel for u in compiled} == KERNELS | ROW_KERNELS | {HOPPER}
-    # three dtypes of every class, of delta and of combine; two of the Hopper kernel's
-    assert len(compiled) == 3 * len(CLASSES) * len(KERNELS) + 3 * 2 + 2 + 2 * len(HOPPER_CLASSES)
+    # every class in each dtype, of delta and of combine one; Hopper has no kernel of float32
+    hopper = len({*dtypes} - {"float"}) * len(HOPPER_CLASSES)
+    assert len(compiled) == len(dtypes) * (len(CLASSES) * len(KERNELS) + 2) + 2 + hopper
     assert {u.integers for u in compiled if u.kernel in KERNELS} == {(c,) for c in CLASSES}
     assert {u.integers for u in compiled if u.kernel == HOPPER} == {(c,) for c in HOPPER_CLASSES}
     assert [u for u in compiled if u.local] == []

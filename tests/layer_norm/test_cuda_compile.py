@@ -3,9 +3,11 @@ enough registers for the grids that csrc/layer_norm/cuda.cuh plans."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
-from tests.machine_code import REGISTERS, Usage, targets, usages
+from tests.machine_code import REGISTERS, Usage, in_dtypes, targets, usages
 
 # Threads that the persistent kernels expect to be resident, by columns per thread and whether they
 # move 128 bits at a time: forward_bounds and backward_bounds in csrc/layer_norm/.
@@ -23,13 +25,14 @@ RESIDENT = {
 }
 
 
+@in_dtypes
 @pytest.mark.parametrize("target", targets(default=("90a",)))
-def test_machine_code(target: str) -> None:
-    compiled = usages("layer_norm", target)
+def test_machine_code(target: str, dtypes: Sequence[str]) -> None:
+    compiled = usages("layer_norm", target, dtypes)
     kernels = {(u.kernel, u.integers) for u in compiled}
     assert {name for name, *_ in RESIDENT} < {name for name, _ in kernels}
-    # 3 dtypes of x times 5 row classes each way, 3 sweeping or column kernels, and one reduction
-    assert len(compiled) == 3 * (2 * 5 + 3 * 2) + 1
+    # dtypes of x times 5 row classes each way, 3 sweeping or column kernels, and one reduction
+    assert len(compiled) == len(dtypes) * (2 * 5 + 3 * 2) + 1
     assert [u for u in compiled if u.local] == []
     assert [u for u in compiled if not room_for_the_planned_blocks(u)] == []
 

@@ -13,10 +13,9 @@ import ptx
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
 # Whose PTX of an op runs by default. Elsewhere it is the same kernels in other registers, and nvcc
-# takes up to 20 seconds for each: that is left to the sweep. Layer norm runs from all of them, and
-# attention has a kernel for Hopper alone.
+# takes up to 20 seconds for each: that is left to the sweep. Attention has a kernel for Hopper.
 DEFAULT_ARCHS = {
-    "attention": ("sm_80", "sm_90a"),
+    "attention": ("sm_90a",),
     "cross_entropy": ("sm_80",),
     "int8_matmul": ("sm_80",),
     "layer_norm": ARCHS,

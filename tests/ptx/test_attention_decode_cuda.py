@@ -13,12 +13,12 @@ import ptx
 from kernels.attention.decode import cuda, reference
 from kernels.attention.pattern import Pattern, Scaling
 from tests.ptx.attention_cases import Case, attend
-from tests.ptx.conftest import ARCHS, SCHEDULES
+from tests.ptx.conftest import ARCHS, DEFAULT_ARCHS, SCHEDULES
 from tests.tolerance import assert_as_exact_as_torch
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-# sm_100a is left to the sweep (DEFAULT_ARCHS).
-SETTINGS = tuple(zip(("sm_80", "sm_90a", "sm_80"), DTYPES, SCHEDULES, strict=True))
+SETTINGS = tuple(zip(DTYPES, SCHEDULES, strict=True))
+(ARCH,) = DEFAULT_ARCHS["attention"]
 LENGTHS = (0, 3, 130, 257)  # none, fewer than queries, and around tiles
 PAGE = 48
 # What a case has besides queries, a cache and lengths.
@@ -122,13 +122,13 @@ def keywords(feature: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_every_feature(feature):
-    arch, dtype, schedule = SETTINGS[list(FEATURES).index(feature) % len(SETTINGS)]
-    with ptx.run(arch, schedule=schedule, multiprocessors=16):
+    dtype, schedule = SETTINGS[list(FEATURES).index(feature) % len(SETTINGS)]
+    with ptx.run(ARCH, schedule=schedule, multiprocessors=16):
         check(dtype, **keywords(feature))
 
 
 def test_a_cache_of_16_bits_for_queries_of_32():
-    with ptx.run("sm_90a", multiprocessors=1):
+    with ptx.run(ARCH, multiprocessors=1):
         check(torch.float32, cache_dtype=torch.bfloat16)
         check(torch.float32, cache_dtype=torch.float16, head_dim=40)
 

@@ -52,15 +52,13 @@ PACKED = [  # float32: products in slices of 16 columns, of which the last is no
     Call(120, 90, (24, 16), window=(9, 3), sinks=True, lengths=LENGTHS),
 ]
 MASKED = [Call(70, 80, mask=torch.bool, batch=2), Call(80, 80, mask=torch.bool, causal=True)]
-ALL, LAST, FIRST, THIRDS = slice(None), slice(1, None), slice(1), slice(1, None, 3)
-# The calls of a group, and which of them run by default.
 GROUPS = {
-    "plain, bfloat16": ("sm_80", torch.bfloat16, PLAIN, ALL),
-    "plain, float16": ("sm_90a", torch.float16, PLAIN, THIRDS),
-    "globals, dropout, no vectors": ("sm_90a", torch.bfloat16, GLOBAL, LAST),
-    "everything in the scores": ("sm_80", torch.float16, SCORED, LAST),
-    "packed, float32": ("sm_90a", torch.float32, PACKED, FIRST),
-    "bool mask": ("sm_90a", torch.bfloat16, MASKED, ALL),
+    "plain, bfloat16": ("sm_80", torch.bfloat16, PLAIN),
+    "plain, float16": ("sm_90a", torch.float16, PLAIN),
+    "globals, dropout, no vectors": ("sm_90a", torch.bfloat16, GLOBAL),
+    "everything in the scores": ("sm_80", torch.float16, SCORED),
+    "packed, float32": ("sm_90a", torch.float32, PACKED),
+    "bool mask": ("sm_90a", torch.bfloat16, MASKED),
 }
 DECODES = {
     "pages": ("sm_80", torch.bfloat16, Decode(500, (500, 0), 2, page_size=16)),
@@ -91,9 +89,9 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_values_and_gradients(small_tiles, group):
-    arch, dtype, calls, default = GROUPS[group]
+    arch, dtype, calls = GROUPS[group]
     names = set()
-    for call, schedule in zip(calls[default], itertools.cycle(SCHEDULES)):
+    for call, schedule in zip(calls, itertools.cycle(SCHEDULES)):
         names |= run(call, dtype, arch, schedule)
     assert names - {"list_globals_kernel"} == KERNELS
 
@@ -158,7 +156,7 @@ def test_shipped_tiles(dims, dtype, arch, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_group_everywhere(group, schedule):
-    _, _, calls, _ = GROUPS[group]
+    _, _, calls = GROUPS[group]
     dtypes = torch.bfloat16, torch.float16, torch.float32
     for call, arch, dtype in itertools.product(calls, ARCHS, dtypes):
         run(call, dtype, arch, schedule)
