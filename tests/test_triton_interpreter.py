@@ -20,6 +20,7 @@ _triton = pytest.importorskip(
 CASES = sorted(Path(__file__).parent.glob("*/triton_interpreter_cases.py"))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not _triton.INTERPRETER_LOOPS, reason="Triton before 3.7 needs NumPy before 2.4 here"
 )

@@ -64,8 +64,8 @@ class Preset:
 
 
 PRESETS = {
-    # Learns visibly within a minute on two CPU cores.  At 512 tokens attention is a good part of the
-    # work; at 128 the two sides are equally fast, as both spend their time in the same matmuls.
+    # Learns visibly within a minute on two CPU cores.  At 512 tokens attention is a good part of
+    # the work; at 128 both sides spend their time in the same matmuls.
     "demo": Preset(
         GPTConfig(vocab_size=128, block_size=512, n_layer=4, n_head=4, n_embd=128),
         batch_size=2,

@@ -70,7 +70,8 @@ SWEPT = {
     "a block", "upper left, more keys", "lower right, more keys", "window of blocks",
     "window short of two blocks and one", "global prefix", "scattered, causal",
     "both kinds of global", "globals without a window", "wide softcap", "dropout", "packed",
-    "causal", "window", "alibi, sinks", "bool mask", "dropout, globals",
+    "causal", "window", "alibi, sinks", "bool mask", "dropout, globals", "ragged", "scattered",
+    "long global prefix",
 }  # fmt: skip
 
 

@@ -15,12 +15,13 @@ from ptx.gpu import A100, B200, H100, gpu_of
 from tests.tolerance import assert_as_exact_as_torch
 
 triton = pytest.importorskip("triton")
-from ptx import inductor  # noqa: E402
 from tests.ptx import driver_kernels as kernels  # noqa: E402
 
 
 def compiled_layer_norm(arch, x, weight, bias, dy):
     """The launches of forward and backward, and y and all gradients."""
+    from ptx import inductor  # torch's compiler: seconds for every process that collects tests
+
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     with ptx.run(arch) as session, inductor.installed(session):
         y = torch.compile(lambda *t: F.layer_norm(t[0], weight.shape, *t[1:]), dynamic=False)(
@@ -50,6 +51,8 @@ def test_compiled_layer_norm(arch):
 
 def test_what_was_replaced_in_inductor_is_put_back():
     from torch._inductor.runtime import hints, triton_heuristics
+
+    from ptx import inductor
 
     before = vars(hints.DeviceProperties)["create"], triton_heuristics.CachingAutotuner.bench
     with ptx.run("sm_80") as session, inductor.installed(session):
