@@ -98,6 +98,7 @@ def test_triton_kernels_with_other_tritons(tmp_path: Path, version: str, known: 
     triton = ["--target", str(site), "--no-deps", f"triton=={version}", "--quiet"]
     _pip_install(Path(sys.executable), *triton, cwd=tmp_path)
     tests = [*ROOT.glob("tests/*/test_triton.py"), *ROOT.glob("tests/ptx/test_*_triton.py")]
+    tests.append(ROOT / "tests" / "test_triton_interpreter.py")
     but = [f"--deselect={name}" for name in known]
     environment = {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = ["-m", "pytest", *map(str, tests), *but, "-q", "-n", "2"]

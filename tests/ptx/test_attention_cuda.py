@@ -21,6 +21,8 @@ from ptx import counters
 from tests.ptx.attention_cases import Case, by_backend, case, check, packed
 from tests.ptx.conftest import ARCHS, DEFAULT_ARCHS, SCHEDULES
 
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 SETTINGS = tuple(zip(DTYPES, (56, 64, 56), SCHEDULES, strict=True))
 (ARCH,) = DEFAULT_ARCHS["attention"]

@@ -16,6 +16,8 @@ from tests.ptx.attention_cases import Case, attend
 from tests.ptx.conftest import ARCHS, DEFAULT_ARCHS, SCHEDULES
 from tests.tolerance import assert_as_exact_as_torch
 
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 SETTINGS = tuple(zip(DTYPES, SCHEDULES, strict=True))
 (ARCH,) = DEFAULT_ARCHS["attention"]

@@ -19,6 +19,8 @@ from tests.ptx.attention_cases import NAMES, Case, by_torch, case, packed
 from tests.ptx.conftest import SCHEDULES
 from tests.tolerance import assert_as_exact_as_torch
 
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
 ARCH = "sm_90a"
 SETTINGS = ((torch.bfloat16, 64), (torch.float16, 128))
 # Rows of a block and keys of a tile: 128. A warpgroup has 64 rows, a ring two tiles.

@@ -20,6 +20,8 @@ pytest.importorskip("triton")
 from kernels.attention import triton as forward_module
 from kernels.attention import triton_dkv, triton_dq
 
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
 ARCHS = ("sm_80", "sm_90a")
 SCHEDULES = ("round_robin", "reverse", "random")
 KERNELS = {"_forward_kernel", "_delta_kernel", "dkv_kernel", "dq_kernel"}

@@ -31,6 +31,8 @@ from tests.ptx.conftest import ARCHS, SCHEDULES
 from tests.ptx.layer_norm_cases import BF16, CUDA_ARCHS, FP16, FP32, check_sharp, cuda_in_turn
 from tests.tolerance import assert_as_exact_as_torch
 
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
 SOURCE = build.op_sources()["layer_norm"]
 DTYPES = tuple(CUDA_ARCHS)
 CPP_TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}

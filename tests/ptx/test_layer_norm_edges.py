@@ -27,6 +27,8 @@ from tests.ptx.layer_norm_cases import (
 )
 from tests.ptx.test_layer_norm_sharp import check
 
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
 # One for each of cuda's kernels, with vectors and without, and for each of its shapes.
 COLUMNS = [72, 255, 504, 511, 520, 1000, 1024, 2040, 2039, 16392, 16385]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -23,6 +23,8 @@ from tests.ptx.layer_norm_cases import (
     triton_setting,
 )
 
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
 # With 128-bit vectors and without: each number of columns per thread or tile, and swept rows. Rows
 # enough that the threads of the one multiprocessor go round more than once.
 SHAPES = [(300, 72), (300, 65), (70, 256), (70, 255), (40, 512), (40, 511), (40, 1024), (40, 1001)]

@@ -37,6 +37,8 @@ pytest.importorskip("triton")
 from kernels.layer_norm import triton as forward_module
 from kernels.layer_norm import triton_backward as backward_module
 
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
 Setting = tuple[str, torch.dtype, torch.dtype]
 SETTINGS = list(itertools.product(TRITON_ARCHS, (BF16, FP16, FP32), (BF16, FP16, FP32)))
 
