@@ -52,8 +52,12 @@ def usages(op: str, target: str, dtypes: Sequence[str] = DTYPES) -> list[Usage]:
 def machine_code(op: str, target: str, dtypes: Sequence[str] = DTYPES) -> tuple[Path, str]:
     """The machine code of every kernel of `op` for these dtypes, and what ptxas says of it."""
     source, arch = build.op_sources()[op], f"sm_{TARGETS[target]}"
-    others = re.compile(f"<({'|'.join(set(DTYPES) - set(dtypes)) or '$'})[,>]")
-    names = [name for name in build.kernel_names(source, arch) if not others.search(readable(name))]
+    others = [f"<{dtype}{end}" for dtype in set(DTYPES) - set(dtypes) for end in ",>"]
+    names = [
+        name
+        for name in build.kernel_names(source, arch)
+        if not any(other in readable(name) for other in others)
+    ]
     return assemble(build.nvcc_ptx(source, arch), target, names)
 
 

@@ -95,21 +95,18 @@ class Torch {
   }
 
   // How many tensors of shape `tail`, a tuple of ints, `x` holds one after the other; 0 where the
-  // shape of `x` does not end in `tail`.
+  // shape of `x` does not end in `tail`, or they hold nothing.
   int64_t count_of(PyObject* x, PyObject* tail) const {
     const Owned shape = attribute(x, shape_);
     const Py_ssize_t n = PyTuple_GET_SIZE(tail), before = PyTuple_GET_SIZE(shape.get()) - n;
     if (before < 0) return 0;
     int64_t count = 1;
-    for (Py_ssize_t i = 0; i < before + n; i++) {
-      PyObject* size = PyTuple_GET_ITEM(shape.get(), i);
-      if (i >= before) {
-        PyObject* want = PyTuple_GET_ITEM(tail, i - before);
-        if (PyObject_RichCompareBool(size, want, Py_EQ) != 1) return 0;
-        if (PyObject_IsTrue(size) != 1) return 0;
-      } else {
-        count *= PyLong_AsLongLong(size);
-      }
+    for (Py_ssize_t i = 0; i < before; i++) {
+      count *= PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), i));
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+      PyObject *size = PyTuple_GET_ITEM(shape.get(), before + i), *want = PyTuple_GET_ITEM(tail, i);
+      if (PyObject_RichCompareBool(size, want, Py_EQ) != 1 || PyObject_IsTrue(size) != 1) return 0;
     }
     return count;
   }
