@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ptx.cache import CACHE as CACHE
@@ -182,22 +181,18 @@ def kernel_library(ptx: str) -> Path:
 
 @functools.cache
 def runtime_library() -> Path:
-    """ptx/runtime as a shared object."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(_runtime_object, sorted(RUNTIME.glob("*.cpp"))))
+    """ptx/runtime as a shared object: compiled as one file, in half the time and with every check
+    of an access inlined into it."""
+    sources = sorted(RUNTIME.glob("*.cpp"))
 
     def make(folder: Path) -> None:
-        _run([*cxx(), "-shared", "-Wl,-z,defs", "-o", folder / "libptx.so", *objects])
+        every = folder / "runtime.cpp"
+        every.write_text("".join(f'#include "{source}"\n' for source in sources))
+        output = folder / "libptx.so"
+        _run([*cxx(), *RUNTIME_FLAGS, "-shared", "-Wl,-z,defs", "-o", output, every])
 
-    return cached(f"runtime-{digest(*objects)}", make) / "libptx.so"
-
-
-def _runtime_object(source: Path) -> Path:
-    def make(folder: Path) -> None:
-        _run([*cxx(), *RUNTIME_FLAGS, "-c", source, "-o", folder / "object.o"])
-
-    key = digest(source, *sorted(RUNTIME.glob("*.h")), *RUNTIME_FLAGS, *cxx())
-    return cached(f"{source.stem}-{key}", make) / "object.o"
+    key = digest(*sources, *sorted(RUNTIME.glob("*.h")), *RUNTIME_FLAGS, *cxx())
+    return cached(f"runtime-{key}", make) / "libptx.so"
 
 
 def host_library(source: Path, name: str, *others: Path) -> Path:

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <map>
 
+#include "counters.h"
 #include "shadow.h"
 #include "state.h"
 
@@ -14,8 +15,7 @@ namespace ptx {
 
 namespace {
 
-constexpr size_t kGuard = 1 << 20;  // more than a tile that runs past its tensor reaches
-constexpr size_t kSector = 32;
+constexpr size_t kGuard = 1 << 20;         // more than a tile that runs past its tensor reaches
 constexpr size_t kReturned = 1 << 20;      // freed blocks of this size go back to the system
 std::map<size_t, Allocation> allocations;  // by offset
 

@@ -14,7 +14,7 @@ std::vector<SiteCounts> site_counts;
 
 namespace {
 
-constexpr uint32_t kSector = 32, kBank = 4, kBanks = 32;
+constexpr uint32_t kBank = 4, kBanks = 32;
 
 // The n-th execution of an instruction by the lanes of a warp. Lanes come one after another, and
 // through several executions before the next lane starts.

@@ -8,6 +8,8 @@
 
 namespace ptx {
 
+constexpr uint32_t kSector = 32;  // bytes that global memory moves at a time
+
 struct Counts {
   uint64_t mma, wgmma, ldmatrix, stmatrix, shuffles, barriers, warp_syncs, async_copies;
   uint64_t bulk_copies, load_phases, blocks, blocks_run, switches, accesses, same_value_writes;

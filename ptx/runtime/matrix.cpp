@@ -20,15 +20,11 @@ struct MatrixOperands {
   unsigned char stored[kRowBytes];  // what stmatrix writes to `row`
 };
 
-MatrixOperands& operands(Fiber* const* lanes, int lane) {
-  return *static_cast<MatrixOperands*>(lanes[lane]->payload);
-}
-
 void count_rows_of(Fiber* const* lanes, Access kind) {
   uint32_t offsets[kLanes];
-  const int rows = kRows * operands(lanes, 0).count;
+  const int rows = kRows * operands<MatrixOperands>(lanes, 0).count;
   for (int i = 0; i < rows; i++) {
-    offsets[i] = static_cast<uint32_t>(operands(lanes, i).row - shared_window);
+    offsets[i] = static_cast<uint32_t>(operands<MatrixOperands>(lanes, i).row - shared_window);
   }
   if (options.count) count_rows(offsets, rows, kind, lanes[0]->site);
 }
@@ -36,17 +32,17 @@ void count_rows_of(Fiber* const* lanes, Access kind) {
 void resolve_load(Fiber* const* lanes, uint32_t) {
   counts.ldmatrix++;
   count_rows_of(lanes, Access::kRead);
-  const MatrixOperands& shape = operands(lanes, 0);
+  const MatrixOperands& shape = operands<MatrixOperands>(lanes, 0);
   for (int q = 0; q < shape.count; q++) {
     uint16_t matrix[kRows][kRows];
     for (int r = 0; r < kRows; r++) {
-      std::memcpy(matrix[r], operands(lanes, kRows * q + r).row, kRowBytes);
+      std::memcpy(matrix[r], operands<MatrixOperands>(lanes, kRows * q + r).row, kRowBytes);
     }
     for (int lane = 0; lane < kLanes; lane++) {
       const int i = lane / 4, j = lane % 4 * 2;
       const uint32_t low = shape.transposed ? matrix[j][i] : matrix[i][j];
       const uint32_t high = shape.transposed ? matrix[j + 1][i] : matrix[i][j + 1];
-      operands(lanes, lane).registers[q] = low | high << 16;
+      operands<MatrixOperands>(lanes, lane).registers[q] = low | high << 16;
     }
   }
 }
@@ -54,17 +50,17 @@ void resolve_load(Fiber* const* lanes, uint32_t) {
 void resolve_store(Fiber* const* lanes, uint32_t) {
   counts.stmatrix++;
   count_rows_of(lanes, Access::kWrite);
-  const MatrixOperands& shape = operands(lanes, 0);
+  const MatrixOperands& shape = operands<MatrixOperands>(lanes, 0);
   for (int q = 0; q < shape.count; q++) {
     uint16_t matrix[kRows][kRows];
     for (int lane = 0; lane < kLanes; lane++) {
       const int i = lane / 4, j = lane % 4 * 2;
-      const uint32_t pair = operands(lanes, lane).registers[q];
+      const uint32_t pair = operands<MatrixOperands>(lanes, lane).registers[q];
       (shape.transposed ? matrix[j][i] : matrix[i][j]) = static_cast<uint16_t>(pair);
       (shape.transposed ? matrix[j + 1][i] : matrix[i][j + 1]) = static_cast<uint16_t>(pair >> 16);
     }
     for (int r = 0; r < kRows; r++) {
-      std::memcpy(operands(lanes, kRows * q + r).stored, matrix[r], kRowBytes);
+      std::memcpy(operands<MatrixOperands>(lanes, kRows * q + r).stored, matrix[r], kRowBytes);
     }
   }
 }

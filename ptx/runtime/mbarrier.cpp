@@ -81,13 +81,6 @@ uint32_t offset_of(const void* p) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - shared_window);
 }
 
-// The ISA wants mbarrier.inval before every further mbarrier.init; Triton's specialised warps do
-// without where the mbarrier has not been used yet.
-bool untouched(const Mbarrier& m) {
-  return m.phase == 0 && m.pending == m.expected && m.transaction == 0 && m.bytes_in_flight == 0 &&
-         m.arrivals_in_flight == 0 && m.waiting == 0;
-}
-
 // Ends the phase if nothing is missing.
 void settle(uint32_t offset, Mbarrier& m, uint32_t site) {
   if (m.pending == 0 && m.transaction < 0) {

@@ -20,18 +20,14 @@ struct MmaOperands {
   const uint32_t *a, *b, *c;
 };
 
-MmaOperands& operands(Fiber* const* lanes, int lane) {
-  return *static_cast<MmaOperands*>(lanes[lane]->payload);
-}
-
 template <typename Value>
-struct Tiles {
+struct MmaTiles {
   alignas(16) Value a[kM * kMaxK];
   alignas(16) Value b[kMaxK * kN];
 
   void gather(const Mma& shape, Fiber* const* lanes) {
     for (int lane = 0; lane < kLanes; lane++) {
-      const MmaOperands& x = operands(lanes, lane);
+      const MmaOperands& x = operands<MmaOperands>(lanes, lane);
       unpack_a(shape.a, x.a, lane, shape.k, a, kMaxK);
       unpack_b(shape.b, x.b, lane, shape.k, b);
     }
@@ -41,8 +37,8 @@ struct Tiles {
 // Row r of the result lies in lanes 4 (r % 8) … + 3, two columns in each.
 void resolve_float(Fiber* const* lanes, uint32_t) {
   counts.mma++;
-  const Mma& shape = *operands(lanes, 0).shape;
-  static Tiles<double> tiles;
+  const Mma& shape = *operands<MmaOperands>(lanes, 0).shape;
+  static MmaTiles<double> tiles;
   tiles.gather(shape, lanes);
   const bool packed = shape.d == Element::kF16;
   for (int row = 0; row < kM; row++) {
@@ -50,12 +46,12 @@ void resolve_float(Fiber* const* lanes, uint32_t) {
     const int r = row / 8 * (packed ? 1 : 2), first = row % 8 * 4;
     double sums[kN];
     for (int j = 0; j < kN; j++) {
-      const uint32_t* c = operands(lanes, first + j / 2).c;
+      const uint32_t* c = operands<MmaOperands>(lanes, first + j / 2).c;
       sums[j] = accumulator(shape.d, c[packed ? r : r + j % 2], j % 2);
     }
     accumulate(tiles.a + row * kMaxK, tiles.b, kN, shape.k, sums, options.mma_rounding);
     for (int j = 0; j < kN; j += packed ? 2 : 1) {
-      uint32_t* d = operands(lanes, first + j / 2).d;
+      uint32_t* d = operands<MmaOperands>(lanes, first + j / 2).d;
       d[packed ? r : r + j % 2] = result_word(shape.d, sums + j);
     }
   }
@@ -63,14 +59,14 @@ void resolve_float(Fiber* const* lanes, uint32_t) {
 
 void resolve_integer(Fiber* const* lanes, uint32_t) {
   counts.mma++;
-  const Mma& shape = *operands(lanes, 0).shape;
-  static Tiles<int16_t> tiles;
+  const Mma& shape = *operands<MmaOperands>(lanes, 0).shape;
+  static MmaTiles<int16_t> tiles;
   tiles.gather(shape, lanes);
   for (int row = 0; row < kM; row++) {
     const int r = row / 8 * 2, first = row % 8 * 4;
     int64_t sums[kN];
     for (int j = 0; j < kN; j++) {
-      sums[j] = static_cast<int32_t>(operands(lanes, first + j / 2).c[r + j % 2]);
+      sums[j] = static_cast<int32_t>(operands<MmaOperands>(lanes, first + j / 2).c[r + j % 2]);
     }
     accumulate(tiles.a + row * kMaxK, tiles.b, kN, shape.k, sums);
     for (int j = 0; j < kN; j++) {
@@ -78,7 +74,7 @@ void resolve_integer(Fiber* const* lanes, uint32_t) {
         using Limits = std::numeric_limits<int32_t>;
         sums[j] = std::clamp<int64_t>(sums[j], Limits::min(), Limits::max());
       }
-      operands(lanes, first + j / 2).d[r + j % 2] = static_cast<uint32_t>(sums[j]);
+      operands<MmaOperands>(lanes, first + j / 2).d[r + j % 2] = static_cast<uint32_t>(sums[j]);
     }
   }
 }

@@ -60,6 +60,11 @@ class RunAs {
 // name such as "shfl.sync". Reports bad-mask and divergent-warp-op.
 using Resolve = void (*)(Fiber* const* lanes, uint32_t mask);
 void collective(const char* waits_for, uint32_t mask, uint32_t site, void* payload, Resolve);
+// In resolve: what a thread brought.
+template <typename Operands>
+Operands& operands(Fiber* const* threads, int i) {
+  return *static_cast<Operands*>(threads[i]->payload);
+}
 
 // The same for the 4 warps of the running thread's warpgroup; resolve gets its 128 fibers.
 using ResolveWarpgroup = void (*)(Fiber* const* threads);

@@ -19,19 +19,20 @@ uint8_t* arena_pages_seen = nullptr;
 
 namespace {
 
-constexpr uint32_t kGranule = 16;
+constexpr uint32_t kGranule = 16, kLevels = 5;
 constexpr uint64_t kEveryByte = 0x0101010101010101;
 
-// The records of a stretch of memory. A granule's level says how far it is split: records stand at
-// every 16 >> level bytes. The record at a granule's start has its own array, so that memory which
-// is accessed in whole granules costs 52 bytes of shadow per 16, and not per byte.
+// The records of a stretch of memory. A granule's level says how far it is split: its records stand
+// for 16 >> level bytes each. Every level has an array of its own, so that records of neighbours
+// are neighbours: memory that is accessed by fours costs 52 bytes of shadow per 4.
 struct Records {
-  uint8_t* levels;  // per granule
-  Record* first;    // per granule
-  Record* others;   // per byte; those at granules' starts stay unused
+  uint8_t* levels;            // per granule
+  Record* at_level[kLevels];  // per 16 >> level bytes
   size_t bytes;
-  Record& at(size_t offset) {
-    return offset % kGranule ? others[offset] : first[offset / kGranule];
+
+  Record& at(size_t offset) { return at(offset, levels[offset / kGranule]); }
+  Record& at(size_t offset, uint32_t level) {
+    return at_level[level][offset >> (kLevels - 1 - level)];
   }
 };
 Records global_records, shared_records;
@@ -43,47 +44,54 @@ void* reserve(size_t bytes) {
   return p == MAP_FAILED ? nullptr : p;
 }
 
+uint32_t step_of(uint32_t level) { return kGranule >> level; }
+
 bool reserve(Records& records, size_t bytes) {
   records.bytes = bytes;
   records.levels = static_cast<uint8_t*>(reserve(bytes / kGranule));
-  records.first = static_cast<Record*>(reserve(bytes / kGranule * sizeof(Record)));
-  records.others = static_cast<Record*>(reserve(bytes * sizeof(Record)));
-  return records.levels && records.first && records.others;
+  bool reserved = records.levels;
+  for (uint32_t level = 0; level < kLevels; level++) {
+    void* memory = reserve(bytes / step_of(level) * sizeof(Record));
+    records.at_level[level] = static_cast<Record*>(memory);
+    reserved &= memory != nullptr;
+  }
+  return reserved;
 }
 
-void split(Records& records, size_t granule, uint32_t from, uint32_t to) {
-  size_t base = granule * kGranule;
-  for (uint32_t at = kGranule; at;) {
-    at -= to;
-    if (at % from == 0) continue;
-    Record& copy = records.at(base + at);
-    copy = records.at(base + at / from * from);
-    copy_read_table(copy);
+// Gives every record of the granule a copy at `level` for each of its parts.
+void split(Records& records, size_t granule, uint32_t level) {
+  const size_t begin = granule * kGranule, end = begin + kGranule;
+  for (size_t at = begin; at < end; at += step_of(level)) {
+    const Record& whole = records.at(at);
+    Record& part = records.at(at, level);
+    part = whole;
+    if (at % step_of(records.levels[granule])) copy_read_table(part);
   }
-  records.levels[granule] = __builtin_ctz(kGranule / to);
+  records.levels[granule] = level;
 }
 
 // The records of one granule against bytes [low, high) of it.
 void check_granule(Records& records, size_t granule, uint32_t low, uint32_t high, Access kind,
                    uint32_t site, const unsigned char* p, const unsigned char* stored,
                    bool shared) {
-  uint32_t step = kGranule >> records.levels[granule];
-  uint32_t bounds = low | high | kGranule, needed = bounds & -bounds;
-  if (step > needed) {
-    split(records, granule, step, needed);
-    step = needed;
-  }
+  const uint32_t bounds = low | high | kGranule;
+  const uint32_t needed = kLevels - 1 - __builtin_ctz(bounds);
+  if (records.levels[granule] < needed) split(records, granule, needed);
+  const uint32_t level = records.levels[granule], step = step_of(level);
   const uint32_t since = shared ? block_epoch : launch_epoch;
   bool fresh = true;  // nothing of this block (shared), of this launch (global)
   for (uint32_t at = low; at < high; at += step) {
-    Record& record = records.at(granule * kGranule + at);
+    Record& record = records.at(granule * kGranule + at, level);
     fresh &= record.write_epoch < since && record.read_epoch < since;
     check_race(record, kind, site, p + (at - low), step, stored ? stored + (at - low) : nullptr,
                shared);
   }
   // All records of the granule now say the same.
-  bool whole = high - low == kGranule;
-  if (whole && step < kGranule && (fresh || kind == Access::kWrite)) records.levels[granule] = 0;
+  const bool whole = high - low == kGranule;
+  if (whole && level > 0 && (fresh || kind == Access::kWrite)) {
+    records.at(granule * kGranule, 0) = records.at(granule * kGranule, level);
+    records.levels[granule] = 0;
+  }
 }
 
 void check_records(const Span& span, Access kind, uint32_t site, const void* stored) {
@@ -242,9 +250,7 @@ void touch(const Span& span, Access kind, uint32_t site, const void* stored) {
 
 const Record& record_of(const Span& span, uint32_t byte) {
   Records& records = span.shared ? shared_records : global_records;
-  size_t offset = span.offset + byte;
-  uint32_t step = kGranule >> records.levels[offset / kGranule];
-  return records.at(offset / step * step);
+  return records.at(span.offset + byte);
 }
 
 void mark(const Span& span, uint8_t flags) {
@@ -293,15 +299,17 @@ void return_records(size_t offset, size_t bytes) {
     uintptr_t end = reinterpret_cast<uintptr_t>(records + first + count) / kPageBytes * kPageBytes;
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
   };
-  drop(global_records.first, offset / kGranule, bytes / kGranule);
-  drop(global_records.others, offset, bytes);
+  for (uint32_t level = 0; level < kLevels; level++)
+    drop(global_records.at_level[level], offset / step_of(level), bytes / step_of(level));
   std::memset(global_records.levels + offset / kGranule, 0, bytes / kGranule);
 }
 
 void forget_records() {
   for (Records* records : {&global_records, &shared_records}) {
-    madvise(records->first, records->bytes / kGranule * sizeof(Record), MADV_DONTNEED);
-    madvise(records->others, records->bytes * sizeof(Record), MADV_DONTNEED);
+    for (uint32_t level = 0; level < kLevels; level++) {
+      const size_t bytes = records->bytes / step_of(level) * sizeof(Record);
+      madvise(records->at_level[level], bytes, MADV_DONTNEED);
+    }
   }
 }
 

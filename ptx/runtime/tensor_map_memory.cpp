@@ -89,7 +89,7 @@ struct CopyOperands {
 // The lanes wait for each other, and Triton relies on it for the fields that lane 0 has set.
 void resolve_copy_fence(Fiber* const* lanes, uint32_t mask) {
   join_lanes(lanes[0]->warp, mask);
-  const auto& x = *static_cast<const CopyOperands*>(lanes[0]->payload);
+  const auto& x = operands<CopyOperands>(lanes, 0);
   const uint32_t site = lanes[0]->site;
   const Span from = span(x.from, kMapBytes, Space::kShared, site, /*writes=*/false, kMapAlignment);
   const Span to = span(x.to, kMapBytes, Space::kGlobal, site, /*writes=*/true, kMapAlignment);

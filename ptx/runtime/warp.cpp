@@ -18,11 +18,6 @@ void for_lanes(uint32_t mask, F f) {
   for (; mask; mask &= mask - 1) f(std::countr_zero(mask));
 }
 
-template <typename Operands>
-Operands& operands(Fiber* const* lanes, int lane) {
-  return *static_cast<Operands*>(lanes[lane]->payload);
-}
-
 int first_lane(uint32_t mask) { return std::countr_zero(mask); }
 
 void resolve_syncwarp(Fiber* const* lanes, uint32_t mask) {

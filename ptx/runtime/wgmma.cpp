@@ -21,7 +21,7 @@ struct WgmmaReads {
 
 namespace {
 
-constexpr int kM = 64, kMaxN = 256, kMaxK = 32, kWarps = 4, kThreads = 128;
+constexpr int kWgmmaM = 64, kWgmmaMaxN = 256, kWgmmaMaxK = 32, kWarps = 4, kThreads = 128;
 
 std::deque<WgmmaReads> operations;  // of the running block; a deque keeps addresses
 std::vector<WgmmaReads*> unused;    // of them, finished
@@ -33,10 +33,6 @@ struct WgmmaOperands {
   uint64_t a_descriptor, b_descriptor;
   bool accumulate;
 };
-
-const WgmmaOperands& operands(Fiber* const* threads, int i) {
-  return *static_cast<const WgmmaOperands*>(threads[i]->payload);
-}
 
 int k_of(const Wgmma& shape) { return 256 / bits_of(shape.a); }
 
@@ -98,26 +94,26 @@ void gather(const WgmmaDescriptor& descriptor, Element element, int count, int k
 }
 
 template <typename Value>
-struct Tiles {
-  alignas(16) Value a[kM * kMaxK];     // [m][k]
-  alignas(16) Value b[kMaxK * kMaxN];  // [k][n]
+struct WgmmaTiles {
+  alignas(16) Value a[kWgmmaM * kWgmmaMaxK];     // [m][k]
+  alignas(16) Value b[kWgmmaMaxK * kWgmmaMaxN];  // [k][n]
 
   void gather_all(Fiber* const* threads) {
-    const WgmmaOperands& x = operands(threads, 0);
+    const WgmmaOperands& x = operands<WgmmaOperands>(threads, 0);
     const Wgmma& shape = *x.shape;
     const int k = k_of(shape);
     WgmmaReads& operation = new_operation();
     if (x.a) {
       for (int i = 0; i < kThreads; i++) {
-        unpack_a(shape.a, operands(threads, i).a, i % kLanes, k, a + i / kLanes * 16 * kMaxK,
-                 kMaxK);
+        unpack_a(shape.a, operands<WgmmaOperands>(threads, i).a, i % kLanes, k,
+                 a + i / kLanes * 16 * kWgmmaMaxK, kWgmmaMaxK);
       }
     } else {
-      gather(WgmmaDescriptor(x.a_descriptor, shape.transpose_a), shape.a, kM, k, threads, true,
-             operation, a, kMaxK, 1);
+      gather(WgmmaDescriptor(x.a_descriptor, shape.transpose_a), shape.a, kWgmmaM, k, threads, true,
+             operation, a, kWgmmaMaxK, 1);
     }
     gather(WgmmaDescriptor(x.b_descriptor, shape.transpose_b), shape.b, shape.n, k, threads, false,
-           operation, b, 1, kMaxN);
+           operation, b, 1, kWgmmaMaxN);
     if (shape.sign_a * shape.sign_b < 0) {
       for (Value& value : a) value = static_cast<Value>(-value);
     }
@@ -134,24 +130,24 @@ struct Tiles {
 int first_thread(int row) { return row / 16 * kLanes + row % 8 * 4; }
 
 void multiply_float(Fiber* const* threads) {
-  static Tiles<double> tiles;
+  static WgmmaTiles<double> tiles;
   tiles.gather_all(threads);
-  const WgmmaOperands& x = operands(threads, 0);
+  const WgmmaOperands& x = operands<WgmmaOperands>(threads, 0);
   const bool packed = x.shape->d == Element::kF16;
-  for (int row = 0; row < kM; row++) {
+  for (int row = 0; row < kWgmmaM; row++) {
     const int first = first_thread(row), low = row % 16 >= 8;
     for (int column = 0; column < x.shape->n; column += kColumns) {
       // In 8 columns a thread has 4 registers of f32 or 2 of f16, half of them of this row.
       const int r = column / 8 * (packed ? 2 : 4) + low * (packed ? 1 : 2);
       double sums[kColumns] = {};
       for (int j = 0; x.accumulate && j < kColumns; j++) {
-        const uint32_t* d = operands(threads, first + j / 2).d;
+        const uint32_t* d = operands<WgmmaOperands>(threads, first + j / 2).d;
         sums[j] = accumulator(x.shape->d, d[packed ? r : r + j % 2], j % 2);
       }
-      accumulate(tiles.a + row * kMaxK, tiles.b + column, kMaxN, k_of(*x.shape), sums,
+      accumulate(tiles.a + row * kWgmmaMaxK, tiles.b + column, kWgmmaMaxN, k_of(*x.shape), sums,
                  options.mma_rounding);
       for (int j = 0; j < kColumns; j += packed ? 2 : 1) {
-        uint32_t* d = operands(threads, first + j / 2).d;
+        uint32_t* d = operands<WgmmaOperands>(threads, first + j / 2).d;
         d[packed ? r : r + j % 2] = result_word(x.shape->d, sums + j);
       }
     }
@@ -159,20 +155,22 @@ void multiply_float(Fiber* const* threads) {
 }
 
 void multiply_integer(Fiber* const* threads) {
-  static Tiles<int16_t> tiles;
+  static WgmmaTiles<int16_t> tiles;
   tiles.gather_all(threads);
-  const WgmmaOperands& x = operands(threads, 0);
-  for (int row = 0; row < kM; row++) {
+  const WgmmaOperands& x = operands<WgmmaOperands>(threads, 0);
+  for (int row = 0; row < kWgmmaM; row++) {
     const int first = first_thread(row), low = row % 16 >= 8;
     for (int column = 0; column < x.shape->n; column += kColumns) {
       const int r = column / 8 * 4 + low * 2;
       int64_t sums[kColumns] = {};
       for (int j = 0; x.accumulate && j < kColumns; j++) {
-        sums[j] = static_cast<int32_t>(operands(threads, first + j / 2).d[r + j % 2]);
+        sums[j] =
+            static_cast<int32_t>(operands<WgmmaOperands>(threads, first + j / 2).d[r + j % 2]);
       }
-      accumulate(tiles.a + row * kMaxK, tiles.b + column, kMaxN, k_of(*x.shape), sums);
+      accumulate(tiles.a + row * kWgmmaMaxK, tiles.b + column, kWgmmaMaxN, k_of(*x.shape), sums);
       for (int j = 0; j < kColumns; j++) {
-        operands(threads, first + j / 2).d[r + j % 2] = static_cast<uint32_t>(sums[j]);
+        operands<WgmmaOperands>(threads, first + j / 2).d[r + j % 2] =
+            static_cast<uint32_t>(sums[j]);
       }
     }
   }
@@ -180,9 +178,9 @@ void multiply_integer(Fiber* const* threads) {
 
 void resolve_wgmma(Fiber* const* threads) {
   counts.wgmma++;
-  const WgmmaOperands& x = operands(threads, 0);
+  const WgmmaOperands& x = operands<WgmmaOperands>(threads, 0);
   for (int i = 1; i < kThreads; i++) {
-    const WgmmaOperands& y = operands(threads, i);
+    const WgmmaOperands& y = operands<WgmmaOperands>(threads, i);
     if (y.b_descriptor != x.b_descriptor || y.accumulate != x.accumulate ||
         (!x.a && y.a_descriptor != x.a_descriptor)) {
       report_and_abort("divergent-warp-op", threads[i]->site, kNoSite,
@@ -222,7 +220,7 @@ bool supported_types(const Wgmma& shape) {
 void check_supported(const Wgmma& shape, const uint32_t* a, uint64_t a_descriptor,
                      uint64_t b_descriptor, uint32_t site) {
   const bool transposed = shape.transpose_a || shape.transpose_b;
-  if (!supported_types(shape) || shape.n < 8 || shape.n > kMaxN || shape.n % 8 != 0) {
+  if (!supported_types(shape) || shape.n < 8 || shape.n > kWgmmaMaxN || shape.n % 8 != 0) {
     fatal("unsupported",
           "this wgmma; accepted: f16 (into f32, f16), bf16, tf32 (into f32), e4m3, e5m2 (into f32, "
           "f16), s8, u8 (into s32), n a multiple of 8 up to 256",
@@ -243,7 +241,7 @@ void check_supported(const Wgmma& shape, const uint32_t* a, uint64_t a_descripto
   }
 }
 
-void finish(WgmmaReads* operation) {
+void finish_operation(WgmmaReads* operation) {
   if (--operation->waiting > 0) return;
   for (uint32_t chunk : operation->chunks) remove_async_reader(chunk);
   unused.push_back(operation);
@@ -273,7 +271,7 @@ void wgmma_commit() {
 }
 
 void wgmma_wait(uint32_t pending) {
-  if (keeps_groups()) async_state().wgmma.wait(pending, finish);
+  if (keeps_groups()) async_state().wgmma.wait(pending, finish_operation);
 }
 
 void wgmma_thread_exit(Fiber& fiber) {
@@ -281,7 +279,7 @@ void wgmma_thread_exit(Fiber& fiber) {
   if (operations_left.empty()) return;
   report("wgmma-hazard", fiber.site, kNoSite,
          "the thread returns with a wgmma under way: wgmma.wait_group is missing");
-  for (WgmmaReads* operation : operations_left) finish(operation);
+  for (WgmmaReads* operation : operations_left) finish_operation(operation);
   fiber.async->wgmma.clear();
 }
 

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from kernels.layer_norm import reference
 from kernels.layer_norm.op import choose
+from tests.ptx.conftest import DEFAULT_ARCHS
 
 EPS = 1e-5
 
-# ---- where a dtype runs by default: its siblings cover the other architectures, and the full
-# product runs under the marker `sweep`
+# ---- what runs by default; the full product runs under the marker `sweep`
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-CUDA_ARCHS = {BF16: "sm_90a", FP16: "sm_80", FP32: "sm_100a"}
+DTYPES = (BF16, FP16, FP32)
+(CUDA_ARCH,) = DEFAULT_ARCHS["layer_norm"]
 
 
 def cuda_in_turn(dtype: torch.dtype, cols: int) -> bool:

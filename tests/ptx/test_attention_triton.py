@@ -89,7 +89,11 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr(module, "TILES", dict.fromkeys(module.TILES, rows))
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    "group",
+    # float16 runs by default with everything in the scores
+    [pytest.param(g, marks=[pytest.mark.sweep] * (g == "plain, float16")) for g in GROUPS],
+)
 def test_values_and_gradients(small_tiles, group):
     arch, dtype, calls = GROUPS[group]
     names = set()

@@ -1,10 +1,9 @@
 """Layer norm's CUDA kernels from the PTX that nvcc makes of them, through the public functions:
 numbers by the tolerance rule against float64, and nothing for the executor to report.
 
-Every kernel runs from the PTX of one architecture, which its dtype decides (CUDA_ARCHS), so that
-all kernels, but for their element type, run on all three; of the schedulers each takes its turn.
-Not every kernel runs in every dtype (cuda_in_turn). Under the marker `sweep` every one does, from
-the PTX of each architecture.
+By default from the PTX of one architecture; of the schedulers each takes its turn, and not every
+kernel runs in every dtype (cuda_in_turn). Under the marker `sweep` every one does, from the PTX of
+each architecture.
 """
 
 from __future__ import annotations
@@ -28,13 +27,20 @@ from ptx import build
 from ptx.executor import readable
 from tests.layer_norm.test_layer_norm import NAMES, check, results
 from tests.ptx.conftest import ARCHS, SCHEDULES
-from tests.ptx.layer_norm_cases import BF16, CUDA_ARCHS, FP16, FP32, check_sharp, cuda_in_turn
+from tests.ptx.layer_norm_cases import (
+    BF16,
+    CUDA_ARCH,
+    DTYPES,
+    FP16,
+    FP32,
+    check_sharp,
+    cuda_in_turn,
+)
 from tests.tolerance import assert_as_exact_as_torch
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 SOURCE = build.op_sources()["layer_norm"]
-DTYPES = tuple(CUDA_ARCHS)
 CPP_TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 # Row lengths where another kernel, or another number of columns per thread, takes over
 # (items_for, max_register_columns and kMaxRegisterColumnsBackward in csrc/layer_norm/), and the
@@ -45,11 +51,11 @@ RESIDUES = 64
 
 
 @contextmanager
-def cuda(dtype: torch.dtype = FP32, turn: int = 0, **options: object) -> Iterator[ptx.Session]:
+def cuda(turn: int = 0, **options: object) -> Iterator[ptx.Session]:
     """One multiprocessor, so that blocks walk over many rows; the scheduler by the turn."""
     schedule = SCHEDULES[turn % len(SCHEDULES)]
-    options = {"schedule": schedule, "seed": turn, "multiprocessors": 1} | options
-    with ptx.run(**{"arch": CUDA_ARCHS[dtype]} | options) as session, dispatch.use("cuda"):
+    defaults = {"arch": CUDA_ARCH, "schedule": schedule, "seed": turn, "multiprocessors": 1}
+    with ptx.run(**defaults | options) as session, dispatch.use("cuda"):
         yield session
 
 
@@ -72,7 +78,7 @@ def lengths(switch: int) -> range:
 
 def named(dtype: torch.dtype, kernels: str) -> set[str]:
     """Of the kernels that `kernels` matches those for this dtype, and those that have none."""
-    every = set(map(readable, build.kernel_names(SOURCE, CUDA_ARCHS[dtype])))
+    every = set(map(readable, build.kernel_names(SOURCE, CUDA_ARCH)))
     wanted = {name for name in every if "<" not in name or f"<{CPP_TYPES[dtype]}," in name}
     return {name for name in wanted if re.search(kernels, name)}
 
@@ -83,7 +89,7 @@ def run_lengths(arch: str, dtype: torch.dtype, chosen: Sequence[int]) -> set[str
     for turn, cols in enumerate(chosen):
         rows = 9 if turn % 8 == 0 else 1 + turn % 2
         # two multiprocessors, so that 9 rows leave several partial sums to add up
-        with cuda(dtype, turn, arch=arch, multiprocessors=1 + (rows == 9)) as session:
+        with cuda(turn, arch=arch, multiprocessors=1 + (rows == 9)) as session:
             check_rows(rows, cols, dtype, DTYPES[turn // 2 % 3])
         launched |= {launch.name for launch in session.launches}
     return launched
@@ -117,7 +123,7 @@ def test_the_turns_leave_no_residue_out(switches):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("switches", "kernels"), [SHORT, LONG], ids=["short", "long"])
 def test_every_residue_around_the_switches(dtype, switches, kernels):
-    launched = run_lengths(CUDA_ARCHS[dtype], dtype, by_turns(switches, dtype))
+    launched = run_lengths(CUDA_ARCH, dtype, by_turns(switches, dtype))
     elements = {FP32: "[48]", FP16: "1", BF16: r"\d"}[dtype]  # of a vector
     assert {
         name
@@ -150,7 +156,7 @@ def test_few_and_many_rows(shift):
     cases = itertools.product([0, 1, 2, 7, 70, 300], [1, 8, 64, 65])
     for turn, (rows, cols) in enumerate([*cases, (40, 1000), (40, 1001), (33, 2048), (3, 2048)]):
         dtype = DTYPES[(turn + turn // 4 + shift) % 3]
-        with cuda(dtype, turn):
+        with cuda(turn):
             check_rows(rows, cols, dtype, dtype)
 
 
@@ -159,7 +165,7 @@ def test_every_mix_of_dtypes(cols):
     for turn, (dtype, weight_dtype, bias_dtype) in enumerate(itertools.product(DTYPES, repeat=3)):
         x, dy = random(9, cols, dtype=dtype), random(9, cols, dtype=dtype)
         weight, bias = random(cols, dtype=weight_dtype), random(cols, dtype=bias_dtype)
-        with cuda(dtype, turn):
+        with cuda(turn):
             check(x, (cols,), weight, bias, dy)
 
 
@@ -173,7 +179,7 @@ def test_every_choice_of_gradients_and_parameters(cols):
         mask = [dx, dweight and parameters[0] is not None, dbias and parameters[1] is not None]
         exact = results(F.layer_norm, [x, *parameters], (cols,), dy, dtype=torch.float64)
         torchs = results(F.layer_norm, [x, *parameters], (cols,), dy)
-        with cuda(turn=turn):
+        with cuda(turn):
             backend = choose(x, (cols,), *parameters)
             y, statistics = backend.forward(x, (cols,), *parameters, 1e-5)
             got = backend.backward(dy, x, (cols,), *parameters, statistics, mask)
@@ -201,7 +207,7 @@ def test_misaligned_and_strided_views(cols, dtypes):
     for turn, (offset, dtype) in enumerate(itertools.product([1, 2, 4], dtypes)):
         x, dy = (random(3 * cols + offset, dtype=dtype)[offset:].view(3, cols) for _ in range(2))
         weight, bias = (random(cols + offset, dtype=dtype)[offset:] for _ in range(2))
-        with cuda(dtype, turn):
+        with cuda(turn):
             check(x, (cols,), weight, bias, dy)
     wide = random(3, 2 * cols, dtype=torch.float32)
     with cuda():
@@ -215,7 +221,7 @@ def test_large_means_and_constant_rows():
         x = torch.randn(3, cols) + 1000
         x[1] = 5.0
         weight, bias, dy = torch.randn(cols), torch.randn(cols), torch.randn(3, cols)
-        with cuda(turn=turn):
+        with cuda(turn):
             check(x, (cols,), weight, bias, dy, rounded_input=True)
 
 
@@ -224,7 +230,7 @@ def test_several_normalised_dimensions_and_no_elements():
         [((), (5,)), ((2, 3), (4, 5)), ((0,), (7,)), ((2, 0), (8,)), ((4,), (1,))]
     ):
         x, dy = torch.randn(*lead, *shape), torch.randn(*lead, *shape)
-        with cuda(turn=turn):
+        with cuda(turn):
             check(x, shape, torch.randn(shape), torch.randn(shape), dy)
 
 
@@ -237,7 +243,7 @@ def test_no_bit_depends_on_the_scheduler(dtype):
         weight, bias = torch.randn(cols), torch.randn(cols)
         found = []
         for options in [*schedules, {"schedule": "random", "preempt": 20, "seed": 4}]:
-            with cuda(dtype, **options):
+            with cuda(**options):
                 found.append(results(layer_norm, (x, weight, bias), (cols,), dy))
         for other in found[1:]:
             for first, second in zip(found[0], other, strict=True):
@@ -247,7 +253,7 @@ def test_no_bit_depends_on_the_scheduler(dtype):
 def test_there_is_room_for_the_error_of_approximate_instructions():
     """rsqrt.approx of a GPU is another function than the executor's, within the same bound."""
     for seed, dtype in enumerate(DTYPES):
-        with cuda(dtype, seed, jitter=True):
+        with cuda(seed, jitter=True):
             check_rows(5, 64, dtype, dtype)
             check_rows(5, 1001, dtype, dtype)
 

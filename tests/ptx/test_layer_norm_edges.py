@@ -17,7 +17,8 @@ from kernels import dispatch
 from kernels.layer_norm import reference
 from tests.ptx.layer_norm_cases import (
     BF16,
-    CUDA_ARCHS,
+    CUDA_ARCH,
+    DTYPES,
     EPS,
     FP32,
     compiled_in_turn,
@@ -31,7 +32,6 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 # One for each of cuda's kernels, with vectors and without, and for each of its shapes.
 COLUMNS = [72, 255, 504, 511, 520, 1000, 1024, 2040, 2039, 16392, 16385]
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EACH_VECTOR = (torch.bfloat16, torch.float32)  # of 8 elements and of 4
 EACH_KERNEL = [
     pytest.param(cols, dtype, marks=[pytest.mark.sweep] * (not cuda_in_turn(dtype, cols)))
@@ -57,7 +57,7 @@ def test_cuda_parameters_of_every_dtype(cols, dtype):
     turn = COLUMNS.index(cols) + EACH_VECTOR.index(dtype)
     for at, weights in enumerate(DTYPES):
         biases = DTYPES[(at + turn) % len(DTYPES)]
-        check("cuda", CUDA_ARCHS[dtype], 2, cols, dtype, weights, biases)
+        check("cuda", CUDA_ARCH, 2, cols, dtype, weights, biases)
 
 
 @pytest.mark.sweep
@@ -65,13 +65,13 @@ def test_cuda_parameters_of_every_dtype(cols, dtype):
 @pytest.mark.parametrize("cols", COLUMNS)
 def test_cuda_every_pair_of_the_parameters_dtypes(cols, dtype):
     for weights, biases in itertools.product(DTYPES, repeat=2):
-        check("cuda", CUDA_ARCHS[dtype], 2, cols, dtype, weights, biases)
+        check("cuda", CUDA_ARCH, 2, cols, dtype, weights, biases)
 
 
 @pytest.mark.parametrize(("cols", "dtype"), EACH_KERNEL, ids=str)
 def test_cuda_each_gradient_alone(cols, dtype):
     for wanted, parameters in itertools.product(EACH_GRADIENT, (FP32, BF16)):
-        check("cuda", CUDA_ARCHS[dtype], 9, cols, dtype, parameters, wanted=wanted)
+        check("cuda", CUDA_ARCH, 9, cols, dtype, parameters, wanted=wanted)
 
 
 @pytest.mark.parametrize(("cols", "dtype"), EACH_KERNEL, ids=str)
@@ -79,7 +79,7 @@ def test_cuda_absent_parameters(cols, dtype):
     cases = [(True, False, each) for each in DTYPES] + [(False, True, each) for each in DTYPES]
     for weight, bias, parameters in [*cases, (False, False, torch.float32)]:
         options = {"present": (weight, bias), "wanted": (True, weight, bias)}
-        check("cuda", CUDA_ARCHS[dtype], 2, cols, dtype, parameters, **options)
+        check("cuda", CUDA_ARCH, 2, cols, dtype, parameters, **options)
 
 
 def test_cuda_every_number_of_threads_and_of_chunks_of_a_row():
@@ -139,7 +139,7 @@ def check_nearly_constant(
 )
 def test_cuda_rows_of_nearly_equal_values(rows, cols, dtype):
     """The variance is 1e-10 of the squared mean."""
-    check_nearly_constant("cuda", CUDA_ARCHS[dtype], shifted(rows, cols, dtype), dtype)
+    check_nearly_constant("cuda", CUDA_ARCH, shifted(rows, cols, dtype), dtype)
 
 
 @pytest.mark.parametrize(("rows", "cols"), compiled_in_turn(NEARLY_CONSTANT))
@@ -190,12 +190,11 @@ def check_whole_sums(
 def test_cuda_sums_any_number_of_rows(dtype):
     """A block has 256 columns, which may end at each of a thread's; each of its eight warps takes
     two rows at a time; from 65 rows on there are several partial sums to add."""
-    arch = CUDA_ARCHS[dtype]
     for turn, rows in enumerate((*range(1, 35), 65, 130, 200)):
         for cols in (248, 264, 519):
-            check_whole_sums("cuda", arch, rows, cols, [dtype, *mixed(turn)], 2)
+            check_whole_sums("cuda", CUDA_ARCH, rows, cols, [dtype, *mixed(turn)], 2)
     for turn, cols in enumerate((*range(31, 256, 32), *range(20, 256, 32))):
-        check_whole_sums("cuda", arch, 9, cols, [dtype, *mixed(turn)], 2)
+        check_whole_sums("cuda", CUDA_ARCH, 9, cols, [dtype, *mixed(turn)], 2)
 
 
 def mixed(turn: int) -> tuple[torch.dtype, torch.dtype]:
@@ -207,7 +206,7 @@ def test_cuda_adds_any_number_of_partial_sums():
     """64 rows each. 32 warps take them in turn, four at a time."""
     for turn, partials in enumerate((2, 3, 4, 5, 7, 9, 17, 31, 33, 64, 100, 128, 129, 160, 165)):
         dtypes = [torch.bfloat16, *mixed(turn)]
-        check_whole_sums("cuda", "sm_90a", 64 * partials, 33, dtypes, partials)
+        check_whole_sums("cuda", CUDA_ARCH, 64 * partials, 33, dtypes, partials)
 
 
 @pytest.mark.parametrize(

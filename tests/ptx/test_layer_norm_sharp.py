@@ -4,6 +4,7 @@ rows of a tile, each place where a swept row may end."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import ptx
 from kernels import dispatch
 from kernels.layer_norm import reference
 from tests.ptx.layer_norm_cases import (
-    CUDA_ARCHS,
+    CUDA_ARCH,
+    DTYPES,
     EPS,
     check_sharp,
     compiled_in_turn,
@@ -45,12 +47,12 @@ def check(backend: str, arch: str, *sizes_and_dtypes: Any, **options: Any) -> No
     [
         pytest.param(*shape, dtype, marks=[pytest.mark.sweep] * (not cuda_in_turn(dtype, shape[1])))
         for shape in SHAPES
-        for dtype in CUDA_ARCHS
+        for dtype in DTYPES
     ],
     ids=str,
 )
 def test_cuda(rows, cols, dtype):
-    check("cuda", CUDA_ARCHS[dtype], rows, cols, dtype, torch.float32)
+    check("cuda", CUDA_ARCH, rows, cols, dtype, torch.float32)
 
 
 @pytest.mark.parametrize(("rows", "cols"), compiled_in_turn(SHAPES))
@@ -85,9 +87,22 @@ def test_every_number_of_rows_of_a_tile(backend, dtype, cols):
     """A block of cuda's and a tile of Triton's holds up to 32 rows: where the last one ends."""
     if backend == "triton":
         pytest.importorskip("triton")
-    arch = (CUDA_ARCHS if backend == "cuda" else TRITON_ARCHS)[dtype]
+    arch = CUDA_ARCH if backend == "cuda" else TRITON_ARCHS[dtype]
     for rows in range(1, 34):
         check(backend, arch, rows, cols, dtype, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_cuda_column_sums(rows):
+    """Either gradient alone and both, in every pair of dtypes: of few rows, which some threads have
+    none of, they are stored as the parameters are; of many they are partial sums first."""
+    dtype = torch.bfloat16
+    pairs = itertools.product(DTYPES, repeat=2)
+    wanted = [(False, True, True), (False, True, False), (False, False, True)]
+    for cols, (parameters, asked) in zip(
+        itertools.cycle([2048, 2056, 2304]), itertools.product(pairs, wanted), strict=False
+    ):
+        check("cuda", CUDA_ARCH, rows, cols, dtype, *parameters, wanted=asked)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +117,7 @@ def test_every_number_of_rows_of_a_tile(backend, dtype, cols):
 )
 def test_cuda_rows_that_end_anywhere_in_a_step(dtype, rest):
     for cols in TAILS:
-        check("cuda", CUDA_ARCHS[dtype], 2, cols + rest, dtype, dtype)
+        check("cuda", CUDA_ARCH, 2, cols + rest, dtype, dtype)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +140,7 @@ def test_triton_rows_that_end_anywhere_in_a_step(vec, tails):
 
 # Sums of 16-bit values are exact here, so float32 is what shows it: by default where a kernel of
 # that dtype is compiled for the other tests anyway.
-EQUAL = [("cuda", CUDA_ARCHS[torch.float32], *shape) for shape in SHAPES]
+EQUAL = [("cuda", CUDA_ARCH, *shape) for shape in SHAPES]
 EQUAL += [
     pytest.param(
         "triton",
