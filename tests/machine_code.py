@@ -17,6 +17,7 @@ import pytest
 from ptx import build
 from ptx.cache import cached, digest
 from ptx.executor import readable
+from tests.ptx.conftest import DEFAULT_ARCHS
 
 # Machine code -> the PTX it is made of, as in the package but for 86 and 89, whose code differs
 # from that of 80 in what ptxas makes of it alone.
@@ -31,9 +32,13 @@ in_dtypes = pytest.mark.parametrize(
 )
 
 
-def targets(default: tuple[str, ...]) -> list[object]:
-    """Every target as the parameters of a fixture; those not in `default` under `sweep`."""
-    return [t if t in default else pytest.param(t, marks=pytest.mark.sweep) for t in TARGETS]
+def targets(op: str) -> list[object]:
+    """Every target as the parameters of a fixture; those whose PTX the op's other tests do not need
+    by default under `sweep`."""
+    return [
+        t if f"sm_{t}" in DEFAULT_ARCHS[op] else pytest.param(t, marks=pytest.mark.sweep)
+        for t in TARGETS
+    ]
 
 
 class Usage(NamedTuple):

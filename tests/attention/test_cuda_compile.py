@@ -27,7 +27,7 @@ REGISTERS_PER_THREAD = 255
 
 
 @in_dtypes
-@pytest.mark.parametrize("target", targets(default=("90a",)))
+@pytest.mark.parametrize("target", targets("attention"))
 def test_machine_code(target: str, dtypes: Sequence[str]) -> None:
     compiled = usages("attention", target, dtypes)
     assert {u.kernel for u in compiled} == KERNELS | ROW_KERNELS | {HOPPER}

@@ -17,7 +17,7 @@ RESIDENT = {
 }
 
 
-@pytest.mark.parametrize("target", targets(default=("86",)))
+@pytest.mark.parametrize("target", targets("cross_entropy"))
 def test_machine_code(target: str) -> None:
     compiled = usages("cross_entropy", target)
     assert {u.kernel for u in compiled} == RESIDENT.keys() | {"merge_parts_kernel"}

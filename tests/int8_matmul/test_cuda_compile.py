@@ -39,7 +39,7 @@ def count(opcodes: list[str], instruction: str) -> int:
     return sum(opcode.startswith(instruction) for opcode in opcodes)
 
 
-@pytest.fixture(scope="module", params=targets(default=("80",)))
+@pytest.fixture(scope="module", params=targets("int8_matmul"))
 def compiled(request: pytest.FixtureRequest) -> Compiled:
     cubin, _ = machine_code("int8_matmul", request.param)
     found = usages("int8_matmul", request.param)

@@ -26,7 +26,7 @@ RESIDENT = {
 
 
 @in_dtypes
-@pytest.mark.parametrize("target", targets(default=("90a",)))
+@pytest.mark.parametrize("target", targets("layer_norm"))
 def test_machine_code(target: str, dtypes: Sequence[str]) -> None:
     compiled = usages("layer_norm", target, dtypes)
     kernels = {(u.kernel, u.integers) for u in compiled}

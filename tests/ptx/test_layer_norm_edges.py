@@ -84,14 +84,14 @@ def test_cuda_absent_parameters(cols, dtype):
 
 def test_cuda_every_number_of_threads_and_of_chunks_of_a_row():
     for cols in (*range(2, 32), 40, 72, 136, *range(33, 512, 32)):
-        check("cuda", "sm_90a", 9, cols, torch.bfloat16, torch.float32)
+        check("cuda", CUDA_ARCH, 9, cols, torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("parameters", DTYPES, ids=str)
 def test_cuda_rows_that_end_with_each_column_of_a_thread(parameters):
     """Blocks of 64, 96 and 288 threads, in which a thread reads 16 or 32 parameters."""
     for cols in (*range(513, 1024, 64), *range(1032, 1536, 96), *range(8200, 9216, 288)):
-        check("cuda", "sm_90a", 4, cols, torch.bfloat16, parameters)
+        check("cuda", CUDA_ARCH, 4, cols, torch.bfloat16, parameters)
 
 
 def shifted(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
