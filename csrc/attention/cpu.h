@@ -101,3 +101,6 @@ extern const kernels::attention::CpuKernels attention_kernels;
 namespace kernels::avx512_bf16 {
 extern const kernels::attention::CpuKernels attention_kernels;
 }
+namespace kernels::neon_dotprod {
+extern const kernels::attention::CpuKernels attention_kernels;
+}

@@ -57,3 +57,6 @@ extern const cross_entropy::CpuKernels cross_entropy_kernels;
 namespace kernels::avx512_bf16 {
 extern const cross_entropy::CpuKernels cross_entropy_kernels;
 }
+namespace kernels::neon_dotprod {
+extern const cross_entropy::CpuKernels cross_entropy_kernels;
+}

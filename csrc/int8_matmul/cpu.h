@@ -74,3 +74,6 @@ extern const int8_matmul::CpuKernels int8_matmul_kernels;
 namespace kernels::avx512_bf16 {
 extern const int8_matmul::CpuKernels int8_matmul_kernels;
 }
+namespace kernels::neon_dotprod {
+extern const int8_matmul::CpuKernels int8_matmul_kernels;
+}

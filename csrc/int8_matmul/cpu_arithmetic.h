@@ -1,7 +1,7 @@
 // The products of int8 matmul, by instruction set, on operands that are read in steps of 4 bytes.
 //
 // A step is one operand's values of kStep neighbouring columns of the sum's dimension K: four bytes
-// where the set has vpdpbusd, two int16 elsewhere, one float for weights alone.  One vector holds a
+// where the set has vpdpbusd or sdot, two int16 elsewhere, one float for weights alone.  One vector holds a
 // step of kLanes rows, or kLanes steps of one row; either way `multiply_add` adds every lane's
 // products to that lane's sum.
 #pragma once
@@ -26,6 +26,15 @@ struct Integers {
   using Weight = int8_t;
   SIMD_INLINE vi multiply_add(vi sum, vi x, vi w) {
     return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+  }
+#elif defined(__ARM_FEATURE_DOTPROD)
+  static constexpr int kStep = 4, kOffset = 0;
+  static constexpr int kMostSingles = kLanes, kMostSinglesLeft = kLanes / 4;
+  static constexpr int kPiece = 4096;
+  using Value = int8_t;
+  using Weight = int8_t;
+  SIMD_INLINE vi multiply_add(vi sum, vi x, vi w) {  // sdot: signed times signed
+    return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)x, (int8x16_t)w);
   }
 #else
   // vpmaddubsw, the instruction for bytes, would saturate; pmaddwd on int16 cannot.
@@ -133,12 +142,11 @@ SIMD_INLINE typename A::Sums interleave_weights(const int8_t* p, int64_t stride)
         _mm256_set_m128i(_mm_unpackhi_epi16(high, high2), _mm_unpacklo_epi16(high, high2));
     return (vi)_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 #else
-    int16_t wide[kLanes][2];
+    typename A::Weight steps[kLanes][A::kStep];
     for (int i = 0; i < kLanes; i++) {
-      wide[i][0] = row[0][i];
-      wide[i][1] = row[1][i];
+      for (int k = 0; k < A::kStep; k++) steps[i][k] = row[k][i];
     }
-    return load_vector<vi>(wide);
+    return load_vector<vi>(steps);
 #endif
   }
 }

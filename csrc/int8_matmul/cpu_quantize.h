@@ -54,6 +54,8 @@ SIMD_INLINE vi rounded(vf x) {
   return (vi)_mm256_cvtps_epi32((__m256)x);
 #elif defined(__SSE2__)
   return (vi)_mm_cvtps_epi32((__m128)x);
+#elif defined(__aarch64__)
+  return (vi)vcvtnq_s32_f32((float32x4_t)x);
 #else
   vi y;
   for (int i = 0; i < kLanes; i++) y[i] = int32_t(__builtin_rintf(x[i]));

@@ -57,3 +57,6 @@ extern const layer_norm::CpuKernels layer_norm_kernels;
 namespace kernels::avx512_bf16 {
 extern const layer_norm::CpuKernels layer_norm_kernels;
 }
+namespace kernels::neon_dotprod {
+extern const layer_norm::CpuKernels layer_norm_kernels;
+}

@@ -3,6 +3,10 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #include "attention/cpu.h"
 #include "cross_entropy/cpu.h"
@@ -31,6 +35,16 @@ inline bool has_avx512() {
          __builtin_cpu_supports("avx512vnni");
 }
 inline bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#elif defined(__aarch64__)
+inline bool has_neon_dotprod() {
+#if defined(__APPLE__)
+  return true;  // every Mac with an ARM CPU
+#elif defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  return false;
+#endif
+}
 #endif
 
 #define KERNELS_OF(isa)                                                           \
@@ -47,6 +61,9 @@ inline constexpr InstructionSet kInstructionSets[] = {
 #endif
 #ifdef KERNELS_HAVE_AVX2
     {"avx2", has_avx2, KERNELS_OF(avx2)},
+#endif
+#ifdef KERNELS_HAVE_NEON_DOTPROD
+    {"neon_dotprod", has_neon_dotprod, KERNELS_OF(neon_dotprod)},
 #endif
     {"baseline", [] { return true; }, KERNELS_OF(baseline)},
 };

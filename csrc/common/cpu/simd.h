@@ -13,6 +13,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "common/cpu/dtype.h"
@@ -71,6 +73,8 @@ SIMD_INLINE vf widen(vu16 h, Float16) {
   return (vf)_mm512_cvtph_ps((__m256i)h);
 #elif defined(__F16C__)
   return (vf)_mm256_cvtph_ps((__m128i)h);
+#elif defined(__aarch64__)
+  return (vf)vcvt_f32_f16((float16x4_t)h);
 #else
   vu u = __builtin_convertvector(h, vu);
   vu magnitude = (u & 0x7fff) << 13;
@@ -85,6 +89,8 @@ SIMD_INLINE vu16 narrow(vf x, Float16) {
   return (vu16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
   return (vu16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+  return (vu16)vcvt_f16_f32((float32x4_t)x);
 #else
   // Adding a power of two whose unit in the last place is fp16's makes the float adder do the
   // rounding (the idea of M. Dukhan's FP16 library).
