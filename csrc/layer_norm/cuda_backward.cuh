@@ -155,7 +155,6 @@ __global__ void __launch_bounds__(kLongThreads, kLongBlocks) backward_long_kerne
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kWarp* kSumRows, kSumBlocks) column_sums_kernel(BackwardArgs a) {
   extern __shared__ __align__(kVectorBytes) float tile[];
-  __builtin_assume(blockDim.x == kWarp && blockDim.y == kSumRows);  // a third of the code less
   constexpr int kChunks = kSumItems / kVec;
   constexpr int kUnroll = kVec == 1 ? 1 : 2;  // rows in flight; 8 chunks are enough by themselves
   const int64_t first_col = static_cast<int64_t>(blockIdx.x) * kWarp * kSumItems;
