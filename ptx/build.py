@@ -24,10 +24,13 @@ RUNTIME = HERE / "runtime"
 CUDART = HERE / "cudart"
 RUNTIME_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra"]
 # No contraction: a * b + c that the PTX keeps apart must round twice here too.
-KERNEL_FLAGS = ["-std=c++20", "-Og", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w"]
+KERNEL_FLAGS = ["-std=c++20", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w"]
 # What a kernel calls of the C and C++ libraries it finds through libptx.so, which is loaded before:
 # to look for them at every link takes a third of a small kernel's time.
 KERNEL_FLAGS += ["-shared", "-nostdlib"]
+# Bytes of C++ from which on a kernel takes longer to optimise than its runs would gain: a launch
+# spends a twentieth of its time in the kernel's own code.
+LARGE_KERNEL = 100_000
 # Host code is compiled once for every architecture; this one accepts all that the executor runs.
 HOST_ARCH = "sm_90a"
 ERROR_CHARACTERS = 4000  # of a failed compiler's output
@@ -174,11 +177,13 @@ def kernel_library(ptx: str) -> Path:
         source = folder / "kernel.cpp"
         source.write_text(translate(ptx).cpp)
         output = folder / "kernel.so"
-        _run([*cxx(), *KERNEL_FLAGS, f"-I{ROOT}", "-o", output, source])
+        optimise = "-O0" if source.stat().st_size > LARGE_KERNEL else "-Og"
+        _run([*cxx(), *KERNEL_FLAGS, optimise, f"-I{ROOT}", "-o", output, source])
 
     headers = ("device", "math", "integers", "floats", "narrow_floats", "messages")
     interface = [RUNTIME / f"{name}.h" for name in headers]
-    key = digest(ptx, *_translator(), *interface, *KERNEL_FLAGS, *cxx())
+    flags = [*KERNEL_FLAGS, str(LARGE_KERNEL)]
+    key = digest(ptx, *_translator(), *interface, *flags, *cxx())
     return cached(f"kernel-{key}", make) / "kernel.so"
 
 

@@ -142,7 +142,6 @@ __device__ __forceinline__ void store_column_sums(float (&owned)[kItems], int co
 #pragma unroll 1
   for (int col = thread; col < cols; col += threads) {
     float sum = 0.f;
-#pragma unroll 1  // once for all rows: copies for every number of groups are not worth their code
     for (int group = 0; group < groups; ++group) sum += tile[group * width + tile_slot(col)];
     store_as(to, dtype, offset + col, sum);
   }
