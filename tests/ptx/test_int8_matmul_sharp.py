@@ -149,6 +149,7 @@ def test_rows_end_anywhere():
     lengths += [20480 + end for end in ends]
     for turn, cols in enumerate(lengths):
         x = torch.randn(2 if cols > 1024 else 3, cols).bfloat16()
+        x[0, -1] = x[1, cols // 8 * 8 - 8] = -9  # a sweep of its own looks for the largest
         for gap in (8 + -cols % 8, 1) if cols <= 1024 else (8 + -cols % 8,):
             with ptx.run("sm_80"):
                 check_rows(rows_cuda, spread(x, gap, 8 * (turn % 2)))
@@ -160,9 +161,13 @@ def test_normalized_rows_end_anywhere(chunk):
     for end, turn in itertools.product(range(1, 9), range(3)):
         cols = 256 * chunk + 128 * (chunk < 2) + end
         x = (torch.randn(2, cols) * 5 + 3).bfloat16()
-        weight, bias = torch.randn(cols).to(FLOATS[turn]), torch.randn(cols).to(FLOATS[turn - 1])
-        with ptx.run("sm_80"):
-            check_rows(rows_cuda, spread(x, 8 + -cols % 8, 0), weight, bias, normalized=True)
+        x[0, -1] = x[1, cols // 8 * 8 - 8] = -60  # a sweep of its own looks for the largest
+        weight, bias = torch.randn(cols + 1), torch.randn(cols + 1)
+        weight, bias = weight.to(FLOATS[turn]), bias.to(FLOATS[turn - 1])
+        for first in range(2 if end == 8 else 1):  # parameters off 16-byte boundaries, too
+            given = weight[first : cols + first], bias[first : cols + first]
+            with ptx.run("sm_80"):
+                check_rows(rows_cuda, spread(x, 8 + -cols % 8, 0), *given, normalized=True)
 
 
 def spiked(rows: int, cols: int, chunks: int, threads: int) -> torch.Tensor:

@@ -108,8 +108,8 @@ def test_rows_are_quantised_first(small_tiles):
 PARTED = [(1, 17, 516), (16, 33, 132), (3, 1, 1028)]
 PARTED_VECTORS = [(1, 20, 516), (16, 36, 132), (3, 4, 1028)]
 # Columns that end in each of the eight that a thread adds, and in a second block.
-ENDS = [(2, 128 * i + 1 + 24 * i % 127, 260) for i in range(9)]
-ENDS_VECTORS = [(2, 516, 260), (2, 1020, 260), (2, 1100, 260)]
+ENDS = [(2, 128 * i + 24 * i % 128 + 1, 260) for i in range(9)]
+ENDS_VECTORS = [(2, 128 * i + 24 * i % 120 + 4, 260) for i in range(9)]
 
 
 @pytest.mark.parametrize(
