@@ -18,7 +18,16 @@ import torch
 import ptx
 from ptx import counters
 from tests.ptx.conftest import SCHEDULES
-from tests.ptx.int8_cases import ACTIVATIONS, FLOATS, Options, check, check_call, check_rows
+from tests.ptx.int8_cases import (
+    ACTIVATIONS,
+    FLOATS,
+    Options,
+    check,
+    check_call,
+    check_rows,
+    check_rows_of_bias,
+    check_rows_of_equal_numbers,
+)
 
 pytest.importorskip("triton")
 from kernels.int8_matmul import triton as backend
@@ -32,7 +41,7 @@ FP32, BF16, FP16 = FLOATS
 ARCHS = ("sm_80", "sm_90a")
 Size = tuple[int, int, int]
 # Of tensor cores: for sm_80 the least they take; for sm_90 the least of a whole warp group.
-SMALL_TILES = {"sm_80": (16, 16, 32, 1, 3), "sm_90a": (64, 32, 64, 4, 3)}
+SMALL_TILES = {"sm_80": (16, 16, 32, 2, 3), "sm_90a": (64, 32, 64, 4, 3)}
 
 
 @pytest.fixture
@@ -40,7 +49,7 @@ def small_tiles(monkeypatch):
     tiles = {"sm_80": SMALL_TILES["sm_80"], "sm_90": SMALL_TILES["sm_90a"]}
     for arch, tile in tiles.items():
         monkeypatch.setitem(plan.TILES, arch, dict.fromkeys((1, 2, 4), ((0, *tile),)))
-    monkeypatch.setattr(plan, "NARROW_TILE", (16, 16, 32, 1, 2))
+    monkeypatch.setattr(plan, "NARROW_TILE", (16, 16, 32, 2, 2))
     monkeypatch.setattr(plan, "SMALLEST_M", 64)
 
 
@@ -58,17 +67,18 @@ def run(arch: str, sizes: Iterable[Size], options: Options, multiprocessors: int
     return names
 
 
-# ---- rows and columns past the tiles' ends, K past its blocks; ten tiles down and five across
+# ---- rows and columns past the tiles' ends, K past its blocks and past all stages; ten tiles down
+# and five across; rows that fill their tiles, of which several lie side by side
 
-RAGGED = [(1, 1, 36), (150, 65, 36), (16, 17, 44), (31, 15, 52), (33, 63, 60)]
-VECTORS = [(64, 32, 48), (65, 40, 80), (130, 24, 112), (1, 8, 16)]
-BY_COLUMNS = [(17, 20, 36), (33, 12, 44), (16, 4, 4), (1, 36, 60)]
+RAGGED = [(1, 1, 36), (150, 65, 36), (16, 17, 44), (31, 15, 52), (33, 63, 204)]
+VECTORS = [(64, 72, 48), (65, 40, 400), (130, 24, 112), (1, 8, 16)]
+BY_COLUMNS = [(17, 20, 36), (33, 12, 44), (16, 4, 4), (1, 36, 204)]
+RAW = [(17, 40, 36), (64, 72, 396), (16, 8, 4), (130, 24, 60)]
 GROUPS = {
     "vectors of 4": ("sm_80", RAGGED, Options("int8", bias=FP32)),
     "vectors of 16": ("sm_90a", VECTORS, Options("int8", bias=BF16, out_dtype=BF16,
                                                  activation="gelu_tanh", gap=16)),
-    "by columns, raw": ("sm_90a", [(m, 2 * n, k) for m, n, k in BY_COLUMNS],
-                        Options("raw", n_contiguous=True)),
+    "by columns, raw": ("sm_90a", RAW, Options("raw", n_contiguous=True)),
     "by columns": ("sm_80", BY_COLUMNS, Options("int8", bias=FP16, out_dtype=FP16,
                                                 activation="relu", n_contiguous=True, gap=4)),
     "weight only": ("sm_90a", VECTORS, Options("weight_only", BF16, BF16, activation="gelu")),
@@ -96,19 +106,24 @@ def test_rows_are_quantised_first(small_tiles):
 # ---- parts of K, which a second kernel adds
 
 PARTED = [(1, 17, 516), (16, 33, 132), (3, 1, 1028)]
+PARTED_VECTORS = [(1, 20, 516), (16, 36, 132), (3, 4, 1028)]
+# Columns that end in each of the eight that a thread adds, and in a second block.
+ENDS = [(2, 128 * i + 24 * i % 128 + 1, 260) for i in range(9)]
+ENDS_VECTORS = [(2, 128 * i + 24 * i % 120 + 4, 260) for i in range(9)]
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("sizes", "ends", "options"),
     [
-        Options("raw"),
-        Options("int8", bias=BF16, out_dtype=FP16, activation="gelu"),
-        Options("weight_only", FP16, activation="relu"),
+        (PARTED, [], Options("raw")),
+        (PARTED, ENDS, Options("int8", bias=BF16, out_dtype=FP16, activation="gelu")),
+        (PARTED_VECTORS, ENDS_VECTORS, Options("weight_only", FP16, activation="relu")),
     ],
-    ids=str,
+    ids=["raw", "int8", "weight_only"],
 )
-def test_parts_of_the_sum(small_tiles, options):
-    names = run("sm_80", PARTED, options, multiprocessors=9)
+def test_parts_of_the_sum(small_tiles, sizes, ends, options):
+    names = run("sm_80", sizes, options, multiprocessors=9)
+    names |= run("sm_80", ends, options, multiprocessors=200)
     assert names == {"product_kernel", "combine_kernel"}
 
 
@@ -242,14 +257,31 @@ def run_rows(
     ("arch", "lengths", "dtype", "normalized"),
     [
         ("sm_80", (772, 1020, 516), FP32, False),
-        ("sm_90a", (77, 127, 65), BF16, True),
-        ("sm_90a", (16400, 17008, 20464), FP16, False),
-        ("sm_80", (16400, 17008), BF16, True),
+        ("sm_90a", (77, 127, 65), FP32, True),
+        ("sm_90a", (16400, 17008, 20464), BF16, False),
+        ("sm_80", (16400, 17008), FP16, True),
     ],
 )
 def test_rows(arch, lengths, dtype, normalized):
+    """So many that a program walks over several tiles of them."""
     for turn, cols in enumerate(lengths):
-        run_rows(arch, 7 + turn, cols, dtype, normalized, turn)
+        rows = 70 if cols < 300 else 19 if cols < 2000 else 7
+        run_rows(arch, rows + turn, cols, dtype, normalized, turn)
+
+
+def test_the_largest_number_may_be_anywhere():
+    """In each lane's first and last, in the kernel of float32 above."""
+    x = torch.rand(64, 1020)
+    x[torch.arange(64), (torch.arange(64) * 16 + torch.arange(64) % 4).clamp(max=1019)] = -30
+    with ptx.run("sm_80", multiprocessors=1):
+        check_rows(rows_backend, x)
+
+
+def test_normalized_rows_that_are_their_bias():
+    """In the kernel of float32 above."""
+    with ptx.run("sm_90a", multiprocessors=1):
+        check_rows_of_bias(rows_backend, torch.randn(9, 77), FP32)
+        check_rows_of_equal_numbers(rows_backend, 9, 127)
 
 
 def test_rows_with_gaps_move_once():
