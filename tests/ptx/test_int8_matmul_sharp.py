@@ -131,8 +131,8 @@ def test_few_rows_end_anywhere(mode, dtype):
 
 
 def test_static_scales_clip_everywhere():
-    """In each of a thread's numbers, on either side; the rows' tails are stored at once."""
-    for k in (1000, 1021, 20485):
+    """In each of a thread's numbers, on either side; rows end in each, next to whole vectors."""
+    for k in (20485, *(256 * chunk + 128 + end for chunk in range(4) for end in range(1, 9))):
         given = [*arguments(9, 3, k, Options("static"))]
         given[2] = torch.tensor([0.01])
         with ptx.run("sm_80", multiprocessors=100):
