@@ -76,8 +76,11 @@ def compiled(target, dims, dtype, features=(), length=300):
 
 @pytest.mark.parametrize(
     ("target", "dims", "dtype", "features"),
-    # gfx942 has the registers of gfx950
-    [pytest.param(*each, marks=[pytest.mark.sweep] * (each[0] == "gfx950")) for each in COMPILED],
+    # gfx942 has the registers of gfx950, sm_80 those of sm_120
+    [
+        pytest.param(*each, marks=[pytest.mark.sweep] * (each[0] in ("gfx950", "sm_120")))
+        for each in COMPILED
+    ],
     ids=str,
 )
 def test_compiles_without_spills(target, dims, dtype, features):
