@@ -118,16 +118,24 @@ def ties(rows: int, classes: int, dtype: torch.dtype, options: Options, scale: f
     return _problem(x, dtype, options, scale)
 
 
-FAR = (0.0, 2**-12, -3 * 2**-12, 1.25 * 2**-8, 1.0, -1.0, 1024.0, -1000.0)
+FAR_SCALE = 1024 * (1 + 2**-12 + 2**-15)  # so that small logits have digits that their lse lacks
+FAR = (0.0, 2**-18, -3 * 2**-18, 1.25 * 2**-8, -1.0, 1024.0, -1000.0)
 
 
-def far(rows: int, classes: int, dtype: torch.dtype, options: Options) -> Problem:
-    x = 1024 * torch.tensor(FAR).repeat(rows)[:rows, None].expand(rows, classes)
-    return _problem(x, dtype, options, 1024.0, z_loss=0.0)
+def copies(classes: int) -> int:
+    """How often an odd number of rows is repeated so that each meets every row of a tile."""
+    return 8 if classes <= 128 else 1
+
+
+def far(classes: int, dtype: torch.dtype, options: Options) -> Problem:
+    x = FAR_SCALE * torch.tensor(FAR, dtype=torch.float64).repeat(copies(classes))[:, None].expand(
+        -1, classes
+    )
+    return _problem(x, dtype, options, FAR_SCALE, z_loss=0.0)
 
 
 def special(classes: int, dtype: torch.dtype, options: Options) -> Problem:
-    x, falls = _even_logits(12, classes)
+    x, falls = _even_logits(13, classes)
     x[3, 5] = x[4, classes // 2] = torch.nan
     x[5, :-1] = -torch.inf
     x[6, 4] = torch.inf
@@ -137,8 +145,9 @@ def special(classes: int, dtype: torch.dtype, options: Options) -> Problem:
     x[10, classes // 2 :] = -torch.inf
     end = classes - 1
     ignored = options.ignore_index
-    target = torch.tensor([classes, -1, 2**40, ignored, 0, end, 4, 6, 1, end, 0, ignored])
-    return _problem(x, dtype, options, 1.0, falls, target=target)
+    target = torch.tensor([classes, -1, 2**40, ignored, 0, end, 4, 6, 1, end, 0, ignored, -2])
+    times = copies(classes)
+    return _problem(x.repeat(times, 1), dtype, options, 1.0, falls, target=target.repeat(times))
 
 
 def capped(rows: int, classes: int, dtype: torch.dtype, options: Options) -> Problem:

@@ -49,7 +49,7 @@ def problems(rows: int, classes: int, dtype: torch.dtype, options: Options) -> I
     yield peaks(rows, classes, dtype, options, 37)
     yield ties(rows, classes, dtype, options, 1.0)
     yield ties(rows, classes, dtype, options, -1.0)
-    yield far(min(rows, 8), classes, dtype, options)
+    yield far(classes, dtype, options)
     yield special(classes, dtype, options)
     if options.softcap:
         yield capped(7, classes, dtype, options)
@@ -93,8 +93,11 @@ def test_cuda_rows_that_blocks_share():
     """Also parts that are -inf only, and so many parts that lanes merge several."""
     for rows, options in ((1, EVERYTHING), (5, SOFT), (8, replace(EVERYTHING, stats=False))):
         run("cuda", CUDA_ARCH, problems(rows, 12_301, BF16, options), multiprocessors=16)
-    many = even(1, 131 * 4096, BF16, EVERYTHING, 1.0)
-    run("cuda", CUDA_ARCH, iter([many]), multiprocessors=64)
+    parts = 100
+    shared, plain = (even(1, parts * 4096, BF16, o, 1.0) for o in (EVERYTHING, Z_LOSS))
+    shared.logits[0] -= (torch.randint(0, 9, (parts,)) / 4).repeat_interleave(4096).to(BF16)
+    plain.logits[0, : 2 * 4096] = -torch.inf
+    run("cuda", CUDA_ARCH, iter([shared, plain]), multiprocessors=64)
 
 
 # What tests/ptx/test_cross_entropy_triton.py compiles by default.
