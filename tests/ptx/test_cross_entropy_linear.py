@@ -48,6 +48,20 @@ def test_ragged_sizes(arch, dtype, case):
     run(arch, dtype, case, SIZES)
 
 
+def test_every_class_of_a_tile_and_logits_of_any_size():
+    """Where the last class is each of a thread's; both formulas of tanh; a best class that is the
+    smallest; targets out of range."""
+    scaled = ALL_OPTIONS.options._replace(logit_scale=-4.0)
+    with ptx.run("sm_80", multiprocessors=1):
+        for classes in (*range(65, 97), 128):
+            case = Case(scaled if classes % 2 else EVERYTHING, bias=True, weighted=True, dlse=True)
+            rows = 131 if classes in (65, 95, 128) else 3
+            problem = make_problem(rows, classes, 8, torch.bfloat16, case)
+            if classes == 128:
+                problem.target[:100], problem.target[100] = -1, classes
+            check(triton_linear, problem, case)
+
+
 def test_the_public_function():
     x, w = torch.randn(70, 72).bfloat16(), (torch.randn(140, 72) / 8).bfloat16()
     target = torch.randint(0, 140, (70,))
