@@ -123,9 +123,9 @@ TILES = [("sm_80", FP32, Z_LOSS), ("sm_90a", BF16, EVERYTHING)]
 
 
 @pytest.mark.parametrize(("arch", "dtype", "options"), TILES, ids=str)
-def test_triton_rows_of_every_length_of_a_tile(arch, dtype, options):
+def test_triton_rows_of_many_lengths_of_a_tile(arch, dtype, options):
     pytest.importorskip("triton")
-    lengths = (classes for classes in range(65, 128) if classes % 8)
+    lengths = (classes for classes in range(65, 128, 3) if classes % 8)
     run("triton", arch, (even(3, classes, dtype, options, 1.0) for classes in lengths))
 
 
