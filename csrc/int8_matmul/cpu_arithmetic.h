@@ -1,9 +1,9 @@
 // The products of int8 matmul, by instruction set, on operands that are read in steps of 4 bytes.
 //
 // A step is one operand's values of kStep neighbouring columns of the sum's dimension K: four bytes
-// where the set has vpdpbusd or sdot, two int16 elsewhere, one float for weights alone.  One vector holds a
-// step of kLanes rows, or kLanes steps of one row; either way `multiply_add` adds every lane's
-// products to that lane's sum.
+// where the set has vpdpbusd or sdot, two int16 elsewhere, one float for weights alone.  One vector
+// holds a step of kLanes rows, or kLanes steps of one row; either way `multiply_add` adds every
+// lane's products to that lane's sum.
 #pragma once
 #include "common/cpu/exp.h"
 #include "common/cpu/simd.h"
