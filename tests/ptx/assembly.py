@@ -59,7 +59,7 @@ class Program:
         """Launches one block; arrays are copied in and out.  `addresses` are passed as they are."""
         placed = [self.place(array, f"array{i}") for i, array in enumerate(arrays)]
         try:
-            self._executor.options(**options)
+            self._executor.options(**DEFAULTS | options)
             pointers = [*placed, *addresses]
             parameters = b"".join(maps) + struct.pack(f"{len(pointers)}Q", *pointers)
             launch = self._executor.launch(
@@ -68,7 +68,7 @@ class Program:
             for array, address in zip(arrays, placed, strict=True):
                 ctypes.memmove(array.ctypes.data, address, array.nbytes)
         finally:
-            self._executor.options(**{name: DEFAULTS[name] for name in options})
+            self._executor.options(**DEFAULTS)
             for address in placed:
                 self._executor.free(address)
         return launch
@@ -86,7 +86,23 @@ class Program:
         self._executor.free(address)
 
 
-DEFAULTS = {"schedule": 0, "seed": 1, "async_early": 0, "mma_rounding": 0, "preempt": 0}
+# Of a launch without a session: an earlier session may have left others.
+DEFAULTS = {
+    "race": 1,
+    "init": 1,
+    "count": 1,
+    "schedule": 0,
+    "seed": 1,
+    "preempt": 0,
+    "shared_limit": 232448,
+    "max_reports": 20,
+    "sample": 0,
+    "poison_races": 0,
+    "spin_limit": 1 << 30,
+    "jitter": 0,
+    "async_early": 0,
+    "mma_rounding": 0,
+}
 
 
 def kinds(launch: Launch) -> set[str]:

@@ -12,6 +12,7 @@ import torch
 
 from ptx import build
 from ptx.executor import Executor, Launch
+from tests.ptx.assembly import DEFAULTS
 
 FOLDER = Path(__file__).parent / "planted"
 SCHEDULES = {"round robin": 0, "reverse": 1, "random": 2}
@@ -66,13 +67,13 @@ def launch(
                 values.append(struct.pack("<Q", address))
             else:
                 values.append(struct.pack("<f" if isinstance(argument, float) else "<i", argument))
-        executor.options(**options)
+        executor.options(**DEFAULTS | options)
         try:
             done = executor.launch(number, grid, block, shared, _pack(executor, number, values))
             for tensor, address, size in copies:
                 ctypes.memmove(tensor.data_ptr(), address, size)
         finally:
-            executor.options(**dict.fromkeys(options, 0))
+            executor.options(**DEFAULTS)
             executor.free_all()
     return done
 

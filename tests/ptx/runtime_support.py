@@ -9,22 +9,7 @@ from dataclasses import dataclass, field
 
 from ptx import build
 from ptx.executor import Executor, Footprint, Launch, Report
-from tests.ptx.assembly import HEADER, kernel
-
-DEFAULTS = {
-    "race": 1,
-    "init": 1,
-    "count": 1,
-    "schedule": 0,
-    "seed": 1,
-    "preempt": 0,
-    "shared_limit": 232448,
-    "max_reports": 20,
-    "sample": 0,
-    "poison_races": 0,
-    "spin_limit": 1 << 30,
-    "jitter": 0,
-}
+from tests.ptx.assembly import DEFAULTS, HEADER, kernel
 
 
 def access(name: str, operation: str, stride: int, offset: int = 0, setup: str = "") -> str:
@@ -93,7 +78,7 @@ class Kernels:
             ctypes.memmove(address, each.contents, len(each.contents))
         block = (threads, 1, 1) if isinstance(threads, int) else threads
         try:
-            executor.options(**DEFAULTS | options)  # an earlier session may have left others
+            executor.options(**DEFAULTS | options)
             parameters = struct.pack(f"{len(addresses)}Q", *addresses)
             launch = executor.launch(self.numbers[name], grid, block, dynamic, parameters)
             outcome = Outcome(launch, list(buffers))
@@ -101,7 +86,7 @@ class Kernels:
                 outcome.footprints.append(executor.footprint(address, each.size))
                 each.contents = ctypes.string_at(address, each.size)
         finally:
-            executor.options(**{option: DEFAULTS[option] for option in options})
+            executor.options(**DEFAULTS)
             for address in addresses:
                 executor.free(address)
         return outcome
