@@ -189,8 +189,7 @@ def kernel_library(ptx: str) -> Path:
 
 @functools.cache
 def runtime_library() -> Path:
-    """ptx/runtime as a shared object: compiled as one file, in half the time and with every check
-    of an access inlined into it."""
+    """ptx/runtime as a shared object, compiled as one file: in half the time."""
     sources = sorted(RUNTIME.glob("*.cpp"))
 
     def make(folder: Path) -> None:
