@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import ptx
 
@@ -24,6 +25,14 @@ DEFAULT_ARCHS = {
 SCHEDULES = ("round_robin", "reverse", "random")
 KERNELS = Path(__file__).with_name("session_kernels.cu")
 TWO = ctypes.c_float(2.0)
+
+
+def spread(matrix: Tensor, gap: int, offset: int, around: float = 99) -> Tensor:
+    """The same numbers, rows `gap` elements apart, from element `offset` on; `around` between."""
+    rows, columns = matrix.shape
+    room = torch.full((offset + rows * (columns + gap),), around, dtype=matrix.dtype)
+    view = room[offset:].view(rows, columns + gap)[:, :columns]
+    return view.copy_(matrix)
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import reference
+from tests.ptx.conftest import spread
 from tests.ptx.cross_entropy_cases import FLOAT32_ERROR, Options, check_gradient
 
 NO_CAP = 2.0**60
@@ -158,9 +159,7 @@ def capped(rows: int, classes: int, dtype: torch.dtype, options: Options) -> Pro
 
 def placed(problem: Problem, gap: int, offset: int, inplace: bool) -> Problem:
     """The same with rows `gap` elements apart, the first `offset` after a boundary."""
-    rows, classes = problem.logits.shape
-    memory = torch.full((offset + rows * (classes + gap),), torch.nan, dtype=problem.logits.dtype)
-    view = memory[offset:].view(rows, classes + gap)[:, :classes].copy_(problem.logits)
+    view = spread(problem.logits, gap, offset, torch.nan)
     return replace(problem, logits=view, options=replace(problem.options, inplace=inplace))
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.ptx.conftest import spread
 from tests.tolerance import assert_as_exact_as_torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,14 +38,6 @@ class Options:
     per_tensor: bool = False  # one scale each
     gap: int = 0  # elements between the rows of x, and of the weight
     offset: int = 0  # elements before the first
-
-
-def spread(matrix: Tensor, gap: int, offset: int) -> Tensor:
-    """The same numbers, rows `gap` elements apart, from element `offset` on."""
-    rows, columns = matrix.shape
-    room = torch.full((offset + rows * (columns + gap),), 99, dtype=matrix.dtype)
-    view = room[offset:].view(rows, columns + gap)[:, :columns]
-    return view.copy_(matrix)
 
 
 def make_int8(rows: int, columns: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import ptx
 from kernels.int8_matmul import cuda
 from kernels.int8_matmul.rows import cuda as rows_cuda
-from tests.ptx.conftest import ARCHS, SCHEDULES
+from tests.ptx.conftest import ARCHS, SCHEDULES, spread
 from tests.ptx.int8_cases import (
     FLOATS,
     MODES,
@@ -28,7 +28,6 @@ from tests.ptx.int8_cases import (
     check_call,
     check_rows,
     make_int8,
-    spread,
 )
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")

@@ -15,6 +15,7 @@ import torch
 import ptx
 from kernels.int8_matmul import cuda
 from kernels.int8_matmul.rows import cuda as rows_cuda
+from tests.ptx.conftest import spread
 from tests.ptx.int8_cases import (
     ACTIVATIONS,
     FLOATS,
@@ -23,13 +24,14 @@ from tests.ptx.int8_cases import (
     check_call,
     check_rows,
     check_rows_of_bias,
-    spread,
 )
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 FP32, BF16, FP16 = FLOATS
 BIASES = (None, *FLOATS)
+# Of rows that end in each of the eight numbers of each vector that a thread keeps.
+ENDS = [256 * chunk + 128 + end for chunk in range(4) for end in range(1, 9)]
 
 # ---- epilogues
 
@@ -132,7 +134,7 @@ def test_few_rows_end_anywhere(mode, dtype):
 
 def test_static_scales_clip_everywhere():
     """In each of a thread's numbers, on either side; rows end in each, next to whole vectors."""
-    for k in (20485, *(256 * chunk + 128 + end for chunk in range(4) for end in range(1, 9))):
+    for k in (20485, *ENDS):
         given = [*arguments(9, 3, k, Options("static"))]
         given[2] = torch.tensor([0.01])
         with ptx.run("sm_80", multiprocessors=100):
@@ -144,10 +146,7 @@ def test_static_scales_clip_everywhere():
 
 def test_rows_end_anywhere():
     """In each of the numbers that a thread keeps: with rows on 16-byte boundaries and off them."""
-    ends = range(1, 9)
-    lengths = [256 * chunk + 128 + end for chunk in range(4) for end in ends]
-    lengths += [20480 + end for end in ends]
-    for turn, cols in enumerate(lengths):
+    for turn, cols in enumerate([*ENDS, *range(20481, 20489)]):
         x = torch.randn(2 if cols > 1024 else 3, cols).bfloat16()
         x[0, -1] = x[1, cols // 8 * 8 - 8] = -9  # a sweep of its own looks for the largest
         for gap in (8 + -cols % 8, 1) if cols <= 1024 else (8 + -cols % 8,):
